@@ -1,0 +1,32 @@
+//! Generates the RPC code from the `.proto` files, with a compiler written in Rust so that no `protoc` has to be installed.
+#![forbid(unsafe_code)]
+
+use std::path::PathBuf;
+
+use protox::Compiler;
+
+const FILES: [&str; 3] = [
+    "wrenn/hostagent/v1/hostagent.proto",
+    "process/process.proto",
+    "filesystem/filesystem.proto",
+];
+
+fn main() {
+    println!("cargo:rerun-if-changed=proto");
+    let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    let mut compiler = Compiler::new(["proto"]).expect("the proto folder is readable");
+    compiler.include_source_info(true).include_imports(true);
+    for file in FILES {
+        compiler.open_file(file).unwrap_or_else(|error| panic!("{file}: {error:?}"));
+    }
+    let descriptors = out.join("descriptors.bin");
+    std::fs::write(&descriptors, compiler.encode_file_descriptor_set()).expect("OUT_DIR is writable");
+    connectrpc_build::Config::new()
+        .files(&FILES)
+        .includes(&["proto"])
+        .descriptor_set(descriptors)
+        .gate_client_feature(true)
+        .include_file("_wrenn.rs")
+        .compile()
+        .expect("the protos are valid");
+}
