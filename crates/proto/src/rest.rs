@@ -553,17 +553,27 @@ pub enum ClientFrame {
         /// User to run as.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         user: Option<String>,
+        /// Only on `/exec/stream`: the process's standard input is a pipe fed by `input` frames and closed
+        /// by `eof`. When false, it is `/dev/null`.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        stdin: bool,
+        /// Only on `/exec/stream`: the client understands data frames with an `encoding`. Without it, the
+        /// server sends every chunk as text and replaces invalid UTF-8.
+        #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+        binary: bool,
     },
     /// First frame on `/pty`: attach to a terminal that runs already.
     Connect {
         /// The tag from `started`.
         tag: String,
     },
-    /// Terminal input, base64.
+    /// Terminal input, or (on `/exec/stream` started with `stdin`) standard input; base64.
     Input {
         /// Base64 of the bytes.
         data: String,
     },
+    /// End of standard input (`/exec/stream` started with `stdin`); no `input` frame may follow.
+    Eof {},
     /// New terminal size.
     Resize {
         /// Width.
@@ -595,15 +605,21 @@ pub enum ServerFrame {
         /// Its pid in the guest.
         pid: u32,
     },
-    /// Standard output, as text (invalid UTF-8 replaced).
+    /// Standard output: text, or base64 of the bytes where `encoding` says so.
     Stdout {
-        /// The text.
+        /// The text (invalid UTF-8 replaced), or base64.
         data: String,
+        /// `base64` when the chunk is not valid UTF-8 and the client asked for `binary`; absent for text.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        encoding: Option<String>,
     },
-    /// Standard error, as text (invalid UTF-8 replaced).
+    /// Standard error: text, or base64 of the bytes where `encoding` says so.
     Stderr {
-        /// The text.
+        /// The text (invalid UTF-8 replaced), or base64.
         data: String,
+        /// `base64` when the chunk is not valid UTF-8 and the client asked for `binary`; absent for text.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        encoding: Option<String>,
     },
     /// Terminal output for clients that speak base64.
     Output {
@@ -619,6 +635,9 @@ pub enum ServerFrame {
     Error {
         /// What.
         data: String,
+        /// A stable code as in error bodies, where there is one.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        code: Option<String>,
         /// Whether the connection ends with it.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         fatal: bool,
