@@ -557,8 +557,8 @@ pub enum ClientFrame {
         /// by `eof`. When false, it is `/dev/null`.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         stdin: bool,
-        /// Only on `/exec/stream`: the client understands data frames with an `encoding`. Without it, the
-        /// server sends every chunk as text and replaces invalid UTF-8.
+        /// The client takes bytes as they are. On `/exec/stream`: data frames with an `encoding`; without it,
+        /// every chunk is sent as text with invalid UTF-8 replaced. On `/pty`: output in binary frames.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         binary: bool,
     },
