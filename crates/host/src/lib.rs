@@ -1,1 +1,3 @@
+//! The host agent: runs the microVMs of one machine.
 
+pub mod net;
