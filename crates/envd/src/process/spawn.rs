@@ -1,0 +1,240 @@
+//! Starting a process.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
+use rustix::termios::{Winsize, tcsetwinsize};
+use tokio::io::unix::AsyncFd;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use wrenn_proto::process::ProcessConfig;
+
+use super::pump;
+use super::table::{Event, Process, ProcessTable, Source};
+use crate::logging::log;
+use crate::unsafe_calls::{prepare_child, watch_fd};
+use crate::users::User;
+
+/// A pipe's or terminal's end on the agent's side.
+pub(crate) type AsyncPipe = AsyncFd<OwnedFd>;
+
+/// Where a process reads from.
+pub(crate) enum Input {
+    /// `/dev/null`, or a pipe that has been closed.
+    Closed,
+    Pipe(AsyncPipe),
+    Terminal(Arc<AsyncPipe>),
+}
+
+/// A terminal's size.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct TerminalSize {
+    pub(crate) cols: u16,
+    pub(crate) rows: u16,
+}
+
+impl TerminalSize {
+    /// Applies it to either end of the terminal; the foreground job learns of it.
+    pub(crate) fn set(self, terminal: impl AsFd) -> io::Result<()> {
+        Ok(tcsetwinsize(
+            terminal,
+            Winsize {
+                ws_col: self.cols,
+                ws_row: self.rows,
+                ws_xpixel: 0,
+                ws_ypixel: 0,
+            },
+        )?)
+    }
+}
+
+/// A process to be started.
+pub(crate) struct Plan {
+    pub(crate) config: ProcessConfig,
+    pub(crate) tag: Option<String>,
+    pub(crate) user: User,
+    pub(crate) cwd: PathBuf,
+    /// Environment of every process of the sandbox; the request's own goes before it.
+    pub(crate) sandbox_env: BTreeMap<String, String>,
+    pub(crate) stdin: bool,
+    pub(crate) terminal: Option<TerminalSize>,
+    /// When the process is killed if it still runs.
+    pub(crate) deadline: Option<Instant>,
+}
+
+/// Refuses what no environment can hold.
+pub(crate) fn check_environment<'a>(
+    variables: impl Iterator<Item = (&'a String, &'a String)>,
+) -> Result<(), String> {
+    for (name, value) in variables {
+        if name.is_empty() || name.contains(['=', '\0']) {
+            return Err(format!("invalid name of an environment variable: {name:?}"));
+        }
+        if value.contains('\0') {
+            return Err(format!(
+                "the value of environment variable {name:?} contains a zero byte"
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// The agent's side of a started process's streams.
+struct Streams {
+    input: Input,
+    outputs: Vec<(Arc<AsyncPipe>, Source)>,
+}
+
+/// Starts the process and everything that looks after it; returns the first subscription to its events.
+pub(crate) fn start(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<mpsc::Receiver<Event>> {
+    let mut command = command(&plan);
+    let streams = match plan.terminal {
+        Some(size) => attach_terminal(&mut command, size, &plan.user)?,
+        None => attach_pipes(&mut command, plan.stdin)?,
+    };
+    let child = command.spawn()?;
+    // The command holds the child's ends, which would keep the pipes open.
+    drop(command);
+    let pid = i32::try_from(child.id())
+        .ok()
+        .and_then(Pid::from_raw)
+        .ok_or(io::ErrorKind::InvalidData)?;
+    let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK)
+        .map_err(io::Error::from)
+        .and_then(watch_fd);
+    let pidfd = match pidfd {
+        Ok(pidfd) => pidfd,
+        Err(error) => {
+            // Nobody would ever learn of its end, so it must not live. SIGKILL makes this wait short.
+            super::session::signal(pid, Signal::KILL);
+            let mut child = child;
+            let _ = child.wait();
+            return Err(error);
+        }
+    };
+    let process = Arc::new(Process::new(pid, plan.config, plan.tag, streams.input));
+    let events = process.subscribe();
+    table.insert(&process);
+    let pumps = streams
+        .outputs
+        .into_iter()
+        .map(|(pipe, source)| tokio::spawn(pump::run(process.clone(), pipe, source)))
+        .collect();
+    tokio::spawn(supervise(table.clone(), process, pidfd, pumps, plan.deadline));
+    Ok(events)
+}
+
+fn command(plan: &Plan) -> Command {
+    let user = &plan.user;
+    let mut command = Command::new(&plan.config.cmd);
+    command.args(&plan.config.args).env_clear();
+    let path = std::env::var_os("PATH").filter(|path| !path.is_empty());
+    command.env(
+        "PATH",
+        path.unwrap_or_else(|| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into()),
+    );
+    command
+        .env("HOME", &user.home)
+        .env("USER", &user.name)
+        .env("LOGNAME", &user.name)
+        .env("SHELL", &user.shell);
+    if plan.terminal.is_some() {
+        command.env("TERM", "xterm-256color");
+    }
+    command.envs(&plan.sandbox_env).envs(&plan.config.envs);
+    command.current_dir(&plan.cwd);
+    prepare_child(&mut command, user.credentials().as_ref(), plan.terminal.is_some());
+    command
+}
+
+fn attach_pipes(command: &mut Command, stdin: bool) -> io::Result<Streams> {
+    let input = if stdin {
+        let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC)?;
+        command.stdin(theirs);
+        Input::Pipe(nonblocking(ours)?)
+    } else {
+        command.stdin(Stdio::null());
+        Input::Closed
+    };
+    let (stdout, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
+    command.stdout(theirs);
+    let (stderr, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
+    command.stderr(theirs);
+    let outputs = vec![
+        (Arc::new(nonblocking(stdout)?), Source::Stdout),
+        (Arc::new(nonblocking(stderr)?), Source::Stderr),
+    ];
+    Ok(Streams { input, outputs })
+}
+
+fn attach_terminal(command: &mut Command, size: TerminalSize, user: &User) -> io::Result<Streams> {
+    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
+    let master = openpt(flags)?;
+    unlockpt(&master)?;
+    let slave = ioctl_tiocgptpeer(&master, flags)?;
+    size.set(&slave)?;
+    if user.credentials().is_some() {
+        // The terminal is the user's: programs such as tmux open it again by its name.
+        let owner = rustix::process::Uid::from_raw(user.uid);
+        rustix::fs::fchown(&slave, Some(owner), None)?;
+    }
+    command
+        .stdin(slave.try_clone()?)
+        .stdout(slave.try_clone()?)
+        .stderr(slave);
+    let master = Arc::new(nonblocking(master)?);
+    Ok(Streams {
+        input: Input::Terminal(master.clone()),
+        outputs: vec![(master, Source::Terminal)],
+    })
+}
+
+fn nonblocking(fd: OwnedFd) -> io::Result<AsyncPipe> {
+    rustix::io::ioctl_fionbio(&fd, true)?;
+    watch_fd(fd)
+}
+
+/// Waits for the end of the process, or for its deadline, and announces the end after the last output.
+async fn supervise(
+    table: Arc<ProcessTable>,
+    process: Arc<Process>,
+    pidfd: AsyncPipe,
+    pumps: Vec<tokio::task::JoinHandle<()>>,
+    deadline: Option<Instant>,
+) {
+    let deadline = async move {
+        match deadline {
+            Some(deadline) => tokio::time::sleep_until(deadline).await,
+            None => std::future::pending().await,
+        }
+    };
+    tokio::pin!(deadline);
+    let mut armed = true;
+    let exit = loop {
+        tokio::select! {
+            readable = pidfd.readable() => {
+                if let Err(error) = readable {
+                    log!("process {}: {error}", process.id());
+                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                }
+                if let Some(exit) = process.reap() {
+                    break exit;
+                }
+            }
+            () = &mut deadline, if armed => {
+                armed = false;
+                process.signal(Signal::KILL);
+            }
+        }
+    };
+    *process.input.lock().await = Input::Closed;
+    futures::future::join_all(pumps).await;
+    table.finish(&process, exit).await;
+}
