@@ -7,7 +7,6 @@ MAKEFLAGS += --no-builtin-rules
 # rustup puts cargo into the home, which a shell that is older than the installation does not search yet.
 export PATH := $(PATH):$(if $(CARGO_HOME),$(CARGO_HOME),$(HOME)/.cargo)/bin
 CARGO_TARGET_DIR ?= target
-export CARGO_TARGET_DIR
 CARGO ?= cargo
 # Arguments for the program, for example: make up ARGS="--listen 127.0.0.1:9000"
 ARGS ?=

@@ -198,9 +198,12 @@ offered_qemu() {
   done < <(candidates qemu-system-x86)
 }
 
+# The suite to take QEMU and what it depends on from, when it is not the release itself.
+qemu_suite=""
+
 # Puts QEMU on the list. An old but sufficient one is only replaced where that takes no password.
 choose_qemu() {
-  local offer from sufficient="" backports="$codename-backports"
+  local offer sufficient="" backports="$codename-backports"
   if [ -n "$qemu" ] && at_least $minimum_qemu "$qemu"; then sufficient=yes; fi
   if [ -n "$sufficient" ] && ! root_now; then return 0; fi
   # A fresh image has no package lists, so nothing seems to be offered.
@@ -214,19 +217,28 @@ choose_qemu() {
     offer=$(offered_qemu)
   fi
   if [ -n "$offer" ]; then
-    from=""
-    # A package from backports is only taken, and only with what it depends on, when the suite is named.
-    case "$offer" in *" $backports/"*) from="/$backports" ;; esac
-    need "qemu-system-x86$from" "runs the sandboxes${qemu:+ (QEMU $qemu is here; $preferred_qemu restores memory faster)}"
-    # The tools come from the same source and go along with it.
-    have qemu-img || for i in "${!packages[@]}"; do
-      if [ "${packages[i]}" = qemu-utils ]; then packages[i]="qemu-utils$from"; fi
-    done
+    case "$offer" in *" $backports/"*) qemu_suite=$backports ;; esac
+    need qemu-system-x86 "runs the sandboxes${qemu:+ (QEMU $qemu is here; $preferred_qemu restores memory faster)}"
   elif [ -n "$sufficient" ]; then
     say "setup: QEMU $qemu stays; no source here offers $preferred_qemu"
   else
     need qemu-system-x86 "runs the sandboxes${qemu:+ (QEMU $qemu is too old; $minimum_qemu is the least)}"
   fi
+}
+
+# Installs the list. Packages of QEMU go by themselves when they come from backports, so that nothing
+# else is taken from there but what they depend on.
+install_all() {
+  local rest=() newer=() p
+  for p in "${packages[@]}"; do
+    case "$p" in qemu-*) newer+=("$p") ;; *) rest+=("$p") ;; esac
+  done
+  if [ -z "$qemu_suite" ]; then
+    apt install --yes --no-install-recommends "${packages[@]}" >&2
+    return
+  fi
+  [ ${#rest[@]} -eq 0 ] || apt install --yes --no-install-recommends "${rest[@]}" >&2 || return
+  [ ${#newer[@]} -eq 0 ] || apt install --yes --no-install-recommends -t "$qemu_suite" "${newer[@]}" >&2
 }
 
 if [ -n "$apt_ready" ]; then
@@ -240,15 +252,11 @@ if [ -n "$apt_ready" ]; then
     for i in "${!packages[@]}"; do printf '  %-34s %s\n' "${packages[$i]}" "${reasons[$i]}" >&2; done
     need_root
     # The lists may be older than the archive; only a failure is worth the download of new ones.
-    install=(install --yes --no-install-recommends)
-    if ! apt "${install[@]}" "${packages[@]}" >&2; then
-      if [ -n "$refreshed" ]; then
-        fail "apt could not install the packages (see above)" \
-          "repair what apt names (often: sudo dpkg --configure -a; sudo apt-get --fix-broken install), then run this again"
-      fi
+    if ! install_all; then
+      advice="repair what apt names (often: sudo dpkg --configure -a; sudo apt-get --fix-broken install), then run this again"
+      [ -z "$refreshed" ] || fail "apt could not install the packages (see above)" "$advice"
       refresh
-      apt "${install[@]}" "${packages[@]}" >&2 || fail "apt could not install the packages (see above)" \
-        "repair what apt names (often: sudo dpkg --configure -a; sudo apt-get --fix-broken install), then run this again"
+      install_all || fail "apt could not install the packages (see above)" "$advice"
     fi
   fi
 else
