@@ -1,6 +1,7 @@
 //! Commands with live output: `/exec/stream`, and `/processes/{selector}/stream` for one that runs already.
 
 use std::collections::BTreeMap;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use base64::Engine as _;
@@ -82,8 +83,8 @@ pub struct ExecStream {
     sandbox: SandboxHandle,
     reader: Reader,
     writer: Writer,
-    /// Pid or tag, once known.
-    selector: Option<String>,
+    /// Pid or tag, once known; shared with the handles that can end the command.
+    selector: Arc<OnceLock<String>>,
     ended: bool,
 }
 
@@ -110,7 +111,7 @@ impl ExecStream {
             sandbox: sandbox.clone(),
             reader,
             writer,
-            selector: None,
+            selector: Arc::default(),
             ended: false,
         })
     }
@@ -122,7 +123,7 @@ impl ExecStream {
             sandbox: sandbox.clone(),
             reader,
             writer,
-            selector: Some(selector.to_owned()),
+            selector: Arc::new(OnceLock::from(selector.to_owned())),
             ended: false,
         })
     }
@@ -146,7 +147,8 @@ impl ExecStream {
             };
             return match received {
                 Received::Frame(ServerFrame::Start { pid }) => {
-                    self.selector = Some(pid.to_string());
+                    // A followed process was named by the caller already, as well as by its pid.
+                    let _ = self.selector.set(pid.to_string());
                     Ok(Some(ExecEvent::Started { pid }))
                 }
                 Received::Frame(ServerFrame::Stdout { data, encoding }) => self
@@ -203,14 +205,13 @@ impl ExecStream {
         }
     }
 
-    /// A handle that can end it while another task reads its events. The command must have started
-    /// ([`ExecEvent::Started`]) for the handle to work when the command does not read its input.
+    /// A handle that can end it while another task reads its events.
     #[must_use]
     pub fn control(&self) -> ExecControl {
         ExecControl {
             sandbox: self.sandbox.clone(),
             writer: self.writer.clone(),
-            selector: self.selector.clone(),
+            selector: Arc::clone(&self.selector),
         }
     }
 }
@@ -276,7 +277,7 @@ impl ExecStdin {
 pub struct ExecControl {
     sandbox: SandboxHandle,
     writer: Writer,
-    selector: Option<String>,
+    selector: Arc<OnceLock<String>>,
 }
 
 impl ExecControl {
@@ -287,7 +288,7 @@ impl ExecControl {
     pub async fn kill(&self) -> Result<()> {
         let stop = ClientFrame::Stop {};
         let sent = tokio::time::timeout(KILL_TIMEOUT, self.writer.frame(&stop)).await;
-        match (&self.selector, sent) {
+        match (self.selector.get(), sent) {
             (_, Ok(Ok(()))) => Ok(()),
             // The socket is full of input that nobody reads, or broken: the other door.
             (Some(selector), _) => match self.sandbox.kill_process(selector).await {

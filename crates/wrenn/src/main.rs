@@ -1,1 +1,56 @@
-fn main() {}
+//! `wrenn`: the platform's servers and the user's command line in one binary.
+//!
+//! This module only parses and dispatches: the user's commands live in [`cli`], the servers' roles
+//! beside it.
+#![forbid(unsafe_code)]
+
+use std::process::ExitCode;
+
+use clap::{CommandFactory, Parser, Subcommand};
+
+mod cli;
+
+/// Sandboxes for untrusted code, each in its own microVM.
+#[derive(Debug, Parser)]
+#[command(name = "wrenn", version, max_term_width = 100, after_help = cli::EXIT_CODES)]
+struct Cli {
+    #[command(flatten)]
+    global: cli::GlobalArgs,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    #[command(flatten)]
+    User(cli::UserCommand),
+
+    // Server roles.
+    /// Print a completion script for a shell, for example `wrenn completions bash`.
+    Completions {
+        /// The shell.
+        shell: clap_complete::Shell,
+    },
+}
+
+fn main() -> ExitCode {
+    let Cli { global, command } = Cli::parse();
+    match command {
+        Command::User(command) => cli::main(global, command),
+        Command::Completions { shell } => {
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "wrenn", &mut script);
+            cli::print_bytes(&script)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}
