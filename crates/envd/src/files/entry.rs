@@ -101,7 +101,7 @@ fn permissions(mode: u32) -> String {
 /// The client metadata of a file; empty where there is none or the file system has no attributes.
 pub(crate) fn metadata(path: &Path) -> BTreeMap<String, String> {
     // Most files have no attributes at all: this asks for nothing but the size then.
-    let Ok(length @ 1..) = rustix::fs::listxattr(path, &mut [0u8; 0][..]) else {
+    let Ok(length @ 1..) = rustix::fs::listxattr_query(path) else {
         return BTreeMap::new();
     };
     let mut list = vec![0; length.min(XATTR_MAX)];

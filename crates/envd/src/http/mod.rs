@@ -123,11 +123,10 @@ pub(crate) fn constant_time_equal(a: &[u8], b: &[u8]) -> bool {
 }
 
 async fn require_token(State(agent): State<Arc<Agent>>, request: Request, next: Next) -> Response {
-    let exempt = match (request.method(), request.uri().path()) {
-        (&Method::GET | &Method::HEAD, "/health") => true,
-        (_, "/init" | "/files") => true,
-        _ => false,
-    };
+    let exempt = matches!(
+        (request.method(), request.uri().path()),
+        (&Method::GET | &Method::HEAD, "/health") | (_, "/init" | "/files")
+    );
     if !exempt
         && let Some(token) = agent.access_token()
         && !carries_token(request.headers(), &token)

@@ -9,10 +9,13 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll};
+use std::time::Duration;
 
 use axum::Json;
-use axum::body::Body;
+use axum::body::{Body, BodyDataStream};
 use axum::extract::{FromRequest, Multipart, Query, Request, State};
 use bytes::{Bytes, BytesMut};
 use futures::{Stream, StreamExt, TryStreamExt};
@@ -27,12 +30,15 @@ use super::signature::{FilesQuery, Operation};
 use crate::files::entry::{XATTR_PREFIX, metadata};
 use crate::files::{paths, tree};
 use crate::logging::log;
-use crate::state::Agent;
+use crate::state::{Agent, lock};
 use crate::users::User;
 
 /// Gathered before each write: also the size up to which a new file is written in one go.
 const BUFFER: usize = 256 * 1024;
 const METADATA_HEADER: &str = "x-metadata-";
+/// What a refused client may still send before the connection is closed.
+const DISCARD_BYTES: usize = 256 * 1024 * 1024;
+const DISCARD_TIME: Duration = Duration::from_secs(20);
 /// The kernel's bound of an attribute's name.
 const MAX_XATTR_NAME: usize = 255;
 
@@ -41,6 +47,21 @@ pub(crate) async fn upload(
     query: Result<Query<FilesQuery>, axum::extract::rejection::QueryRejection>,
     request: Request,
 ) -> Result<Json<Vec<WrittenFile>>, Failure> {
+    let (head, body) = request.into_parts();
+    let body = SharedBody(Arc::new(Mutex::new(body.into_data_stream())));
+    let request = Request::from_parts(head, Body::from_stream(body.clone()));
+    let written = receive(agent, query, request).await;
+    if written.is_err() {
+        body.discard().await;
+    }
+    Ok(Json(written?))
+}
+
+async fn receive(
+    agent: Arc<Agent>,
+    query: Result<Query<FilesQuery>, axum::extract::rejection::QueryRejection>,
+    request: Request,
+) -> Result<Vec<WrittenFile>, Failure> {
     let Query(query) = query.map_err(|error| Failure::bad_request(error.body_text()))?;
     query.authorize(
         request.headers(),
@@ -67,26 +88,56 @@ pub(crate) async fn upload(
         .unwrap_or_default()
         .trim()
         .to_ascii_lowercase();
-    let written = match kind.as_str() {
+    let query_path = query.path.as_deref().filter(|path| !path.is_empty());
+    match kind.as_str() {
         "application/octet-stream" => {
-            let path = query.path.as_deref().filter(|path| !path.is_empty());
-            let path = path.ok_or_else(|| Failure::bad_request("the path query parameter is required"))?;
-            let body = Body::into_data_stream(request.into_body()).map_err(|error| error.to_string());
-            vec![upload.write(path, body).await?]
+            let path =
+                query_path.ok_or_else(|| Failure::bad_request("the path query parameter is required"))?;
+            let body = request
+                .into_body()
+                .into_data_stream()
+                .map_err(|error| error.to_string());
+            Ok(vec![upload.write(path, body).await?])
         }
         "multipart/form-data" => {
             let parts = Multipart::from_request(request, &()).await;
             let parts = parts.map_err(|error| Failure::new(error.status(), error.body_text()))?;
-            upload
-                .write_parts(query.path.as_deref().filter(|path| !path.is_empty()), parts)
-                .await?
+            upload.write_parts(query_path, parts).await
         }
         _ => {
             let message = "content type must be application/octet-stream or multipart/form-data";
-            return Err(Failure::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message));
+            Err(Failure::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, message))
         }
-    };
-    Ok(Json(written))
+    }
+}
+
+/// The request's body, of which the rest can still be read when its reader has given up.
+#[derive(Clone)]
+struct SharedBody(Arc<Mutex<BodyDataStream>>);
+
+impl Stream for SharedBody {
+    type Item = Result<Bytes, axum::Error>;
+
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        lock(&self.0).poll_next_unpin(cx)
+    }
+}
+
+impl SharedBody {
+    /// Reads the rest and drops it, within bounds. A connection that is closed while the client still sends is
+    /// reset, and the client never sees the answer that says what is wrong.
+    async fn discard(mut self) {
+        let rest = async {
+            let mut length = 0;
+            while let Some(Ok(chunk)) = self.next().await {
+                length += chunk.len();
+                if length > DISCARD_BYTES {
+                    break;
+                }
+            }
+        };
+        let _ = tokio::time::timeout(DISCARD_TIME, rest).await;
+    }
 }
 
 /// The metadata that the headers carry; names arrive in lower case.
