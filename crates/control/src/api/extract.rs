@@ -1,0 +1,152 @@
+//! What handlers take from a request. Every refusal is one of our error bodies.
+
+use std::time::Duration;
+
+use axum::Json;
+use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, header};
+use serde::Deserialize;
+use serde::de::DeserializeOwned;
+
+use super::error::ApiError;
+use crate::domain::{Host, Principal};
+use crate::service::Services;
+use crate::service::sandboxes::MAX_WAIT;
+use crate::{Error, ErrorCode};
+
+/// The caller, by API key.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Caller(pub(crate) Principal);
+
+impl FromRequestParts<Services> for Caller {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
+        let key = parts
+            .headers
+            .get("x-api-key")
+            .and_then(|value| value.to_str().ok());
+        let key = key.or_else(|| bearer(&parts.headers));
+        Ok(Self(services.authenticate_key(key).await?))
+    }
+}
+
+/// The calling host agent, by its bearer token.
+#[derive(Debug, Clone)]
+pub(crate) struct Agent(pub(crate) Host);
+
+impl FromRequestParts<Services> for Agent {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
+        Ok(Self(services.authenticate_host(bearer(&parts.headers)).await?))
+    }
+}
+
+fn bearer(headers: &HeaderMap) -> Option<&str> {
+    let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
+    let (scheme, token) = value.split_once(' ')?;
+    scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
+}
+
+/// A JSON body within the limit, whatever its content type and transfer encoding. An empty body is `{}`.
+#[derive(Debug)]
+pub(crate) struct Body<T>(pub(crate) T);
+
+impl<T: DeserializeOwned> FromRequest<Services> for Body<T> {
+    type Rejection = ApiError;
+
+    async fn from_request(request: Request, services: &Services) -> Result<Self, ApiError> {
+        let limit = services.config.limits.max_json_bytes;
+        let too_large = || {
+            Error::new(
+                ErrorCode::PayloadTooLarge,
+                format!("a JSON body must be at most {limit} bytes"),
+            )
+        };
+        let declared = request
+            .headers()
+            .get(header::CONTENT_LENGTH)
+            .and_then(|value| value.to_str().ok())
+            .and_then(|value| value.parse::<u64>().ok());
+        if declared.is_some_and(|declared| declared > limit as u64) {
+            return Err(too_large().into());
+        }
+        let bytes = axum::body::to_bytes(request.into_body(), limit)
+            .await
+            .map_err(|error| {
+                // Either the limit or a connection that broke; the latter has nobody left to tell.
+                let limited = std::error::Error::source(&error)
+                    .is_some_and(|source| source.is::<http_body_util::LengthLimitError>());
+                if limited {
+                    too_large()
+                } else {
+                    Error::invalid("the request's body ended early")
+                }
+            })?;
+        let bytes = if bytes.iter().all(u8::is_ascii_whitespace) {
+            b"{}".as_slice()
+        } else {
+            &bytes
+        };
+        match Json::from_bytes(bytes) {
+            Ok(Json(body)) => Ok(Self(body)),
+            Err(rejection) => Err(Error::invalid(rejection.body_text()).into()),
+        }
+    }
+}
+
+/// Path parameters. What cannot be decoded names nothing.
+#[derive(Debug)]
+pub(crate) struct Segments<T>(pub(crate) T);
+
+impl<T: DeserializeOwned + Send> FromRequestParts<Services> for Segments<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
+        match Path::<T>::from_request_parts(parts, services).await {
+            Ok(Path(segments)) => Ok(Self(segments)),
+            Err(_) => Err(Error::not_found("path", parts.uri.path()).into()),
+        }
+    }
+}
+
+/// Query parameters.
+#[derive(Debug)]
+pub(crate) struct Params<T>(pub(crate) T);
+
+impl<T: DeserializeOwned> FromRequestParts<Services> for Params<T> {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
+        match Query::<T>::from_request_parts(parts, services).await {
+            Ok(Query(params)) => Ok(Self(params)),
+            Err(rejection) => Err(Error::invalid(rejection.body_text()).into()),
+        }
+    }
+}
+
+/// How long the client wants to wait for the end of what it asks for.
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct Wait {
+    /// Answer when the operation has ended, or after this many seconds (at most 300).
+    #[param(maximum = 300)]
+    wait: Option<u32>,
+}
+
+impl Wait {
+    /// The time to wait; `None` when the client did not ask for any.
+    pub(crate) fn duration(&self) -> Result<Option<Duration>, Error> {
+        let Some(seconds) = self.wait else { return Ok(None) };
+        let wait = Duration::from_secs(seconds.into());
+        if wait > MAX_WAIT {
+            return Err(Error::invalid(format!(
+                "wait must be between 0 and {}, not {seconds}",
+                MAX_WAIT.as_secs()
+            )));
+        }
+        Ok(Some(wait))
+    }
+}

@@ -1,0 +1,186 @@
+//! WebSockets: exec, processes and terminals.
+//!
+//! Control frames are JSON text ([`ClientFrame`], [`ServerFrame`]). Reading and writing run side by
+//! side, so a client that does not read what its program prints holds up the program (the RPC stream
+//! is not read either) but can still be heard when it says `stop`. Every connection ends with a close
+//! frame, since older clients take anything else for an error.
+
+pub(crate) mod exec;
+pub(crate) mod pty;
+
+use std::time::Duration;
+
+use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket, WebSocketUpgrade};
+use futures::stream::SplitSink;
+use futures::{SinkExt, StreamExt};
+use wrenn_proto::rest::{ClientFrame, ServerFrame};
+
+use crate::Error;
+
+/// Largest frame of a client.
+const MAX_FRAME: usize = 1 << 20;
+/// How long a new connection may take to say what it wants.
+const FIRST_FRAME: Duration = Duration::from_secs(30);
+/// How long a client may take to let a frame in before the connection is given up at its end.
+const LAST_FRAMES: Duration = Duration::from_secs(10);
+
+/// The connection is gone; nobody is left to be told.
+#[derive(Debug)]
+pub(super) struct Gone;
+
+pub(super) type Sink = SplitSink<WebSocket, Message>;
+
+/// Sets the bounds of a connection.
+pub(super) fn bounded(upgrade: WebSocketUpgrade) -> WebSocketUpgrade {
+    upgrade.max_message_size(MAX_FRAME).max_frame_size(MAX_FRAME)
+}
+
+/// Sends a JSON frame.
+pub(super) async fn send(sink: &mut Sink, frame: &ServerFrame) -> Result<(), Gone> {
+    let text = serde_json::to_string(frame).map_err(|_| Gone)?;
+    sink.send(Message::Text(text.into())).await.map_err(|_| Gone)
+}
+
+/// An error as a frame.
+pub(super) fn error_frame(error: &Error, fatal: bool) -> ServerFrame {
+    ServerFrame::Error {
+        data: error.message.clone(),
+        code: Some(error.code.as_str().to_owned()),
+        fatal,
+    }
+}
+
+/// Says what went wrong and closes.
+pub(super) async fn fail(sink: &mut Sink, error: &Error) {
+    let _ = tokio::time::timeout(LAST_FRAMES, send(sink, &error_frame(error, true))).await;
+    close(sink).await;
+}
+
+/// Closes cleanly.
+pub(super) async fn close(sink: &mut Sink) {
+    let frame = CloseFrame {
+        code: 1000,
+        reason: Utf8Bytes::from_static(""),
+    };
+    let _ = tokio::time::timeout(LAST_FRAMES, async {
+        let _ = sink.send(Message::Close(Some(frame))).await;
+        let _ = sink.close().await;
+    })
+    .await;
+}
+
+/// What a client sent.
+pub(super) enum Received {
+    Frame(ClientFrame),
+    Binary(bytes::Bytes),
+    Malformed(Error),
+}
+
+/// The client's next frame; `None` when it has closed or is gone.
+pub(super) async fn receive(
+    stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
+) -> Option<Received> {
+    loop {
+        return Some(match stream.next().await? {
+            Ok(Message::Text(text)) => match serde_json::from_str(&text) {
+                Ok(frame) => Received::Frame(frame),
+                Err(error) => {
+                    Received::Malformed(Error::invalid(format!("not a frame that is known here: {error}")))
+                }
+            },
+            Ok(Message::Binary(data)) => Received::Binary(data),
+            Ok(Message::Ping(_) | Message::Pong(_)) => continue,
+            Ok(Message::Close(_)) | Err(_) => return None,
+        });
+    }
+}
+
+/// The first frame, which has to come in time and be JSON.
+pub(super) async fn first(
+    stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
+) -> Option<Result<ClientFrame, Error>> {
+    match tokio::time::timeout(FIRST_FRAME, receive(stream)).await {
+        Ok(Some(Received::Frame(frame))) => Some(Ok(frame)),
+        Ok(Some(Received::Malformed(error))) => Some(Err(error)),
+        Ok(Some(Received::Binary(_))) => Some(Err(Error::invalid("the first frame must be JSON text"))),
+        Ok(None) => None,
+        Err(_) => Some(Err(Error::invalid("the first frame did not come in time"))),
+    }
+}
+
+/// Turns a stream of bytes, cut anywhere, into text: characters that are cut wait for their rest,
+/// invalid bytes become the replacement character.
+#[derive(Debug, Default)]
+pub(super) struct TextDecoder {
+    rest: Vec<u8>,
+}
+
+impl TextDecoder {
+    pub(super) fn push(&mut self, data: &[u8]) -> String {
+        self.rest.extend_from_slice(data);
+        let mut text = String::with_capacity(self.rest.len());
+        let mut at = 0;
+        loop {
+            let Some(bytes) = self.rest.get(at..) else { break };
+            match std::str::from_utf8(bytes) {
+                Ok(valid) => {
+                    text.push_str(valid);
+                    at = self.rest.len();
+                    break;
+                }
+                Err(error) => {
+                    let (valid, _) = bytes.split_at(error.valid_up_to());
+                    text.push_str(&String::from_utf8_lossy(valid));
+                    at += error.valid_up_to();
+                    match error.error_len() {
+                        Some(bad) => {
+                            text.push(char::REPLACEMENT_CHARACTER);
+                            at += bad;
+                        }
+                        None => break,
+                    }
+                }
+            }
+        }
+        self.rest.drain(..at.min(self.rest.len()));
+        text
+    }
+
+    /// What is left at the end.
+    pub(super) fn finish(&mut self) -> String {
+        let rest = std::mem::take(&mut self.rest);
+        String::from_utf8_lossy(&rest).into_owned()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn text_survives_any_cut(text in "\\PC{0,60}", cuts in proptest::collection::vec(1usize..8, 0..40)) {
+            let mut decoder = TextDecoder::default();
+            let mut got = String::new();
+            let mut bytes = text.as_bytes();
+            for cut in cuts {
+                let (head, tail) = bytes.split_at(cut.min(bytes.len()));
+                got.push_str(&decoder.push(head));
+                bytes = tail;
+            }
+            got.push_str(&decoder.push(bytes));
+            got.push_str(&decoder.finish());
+            prop_assert_eq!(got, text);
+        }
+
+        #[test]
+        fn garbage_reads_as_the_lossy_whole(bytes in proptest::collection::vec(any::<u8>(), 0..60), cut in 0usize..60) {
+            let mut decoder = TextDecoder::default();
+            let (head, tail) = bytes.split_at(cut.min(bytes.len()));
+            let got = decoder.push(head) + &decoder.push(tail) + &decoder.finish();
+            prop_assert_eq!(got, String::from_utf8_lossy(&bytes).into_owned());
+        }
+    }
+}

@@ -1,0 +1,117 @@
+//! What the control plane can be told.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Settings of a control plane. [`ControlConfig::new`] has sensible values for everything.
+#[derive(Clone)]
+pub struct ControlConfig {
+    /// `postgres://…`; when absent, SQLite in the data directory.
+    pub database_url: Option<String>,
+    /// Holds the SQLite file.
+    pub data_dir: PathBuf,
+    /// What clients may ask for.
+    pub limits: Limits,
+    /// How patient the background work is.
+    pub timings: Timings,
+}
+
+impl std::fmt::Debug for ControlConfig {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        // A database URL holds a password.
+        f.debug_struct("ControlConfig")
+            .field(
+                "database",
+                if self.database_url.is_some() {
+                    &"postgres"
+                } else {
+                    &"sqlite"
+                },
+            )
+            .field("data_dir", &self.data_dir)
+            .field("limits", &self.limits)
+            .field("timings", &self.timings)
+            .finish()
+    }
+}
+
+impl ControlConfig {
+    /// Defaults around a data directory.
+    pub fn new(data_dir: impl Into<PathBuf>) -> Self {
+        Self {
+            database_url: None,
+            data_dir: data_dir.into(),
+            limits: Limits::default(),
+            timings: Timings::default(),
+        }
+    }
+}
+
+/// What clients may ask for.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Largest number of vCPUs of a sandbox.
+    pub max_vcpus: u32,
+    /// Largest memory of a sandbox, MiB.
+    pub max_memory_mb: u32,
+    /// Largest root disk of a sandbox, MiB.
+    pub max_disk_size_mb: u32,
+    /// Largest JSON body, bytes.
+    pub max_json_bytes: usize,
+    /// Largest file upload, bytes; absent means the guest's disk is the limit.
+    pub max_upload_bytes: Option<u64>,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_vcpus: 32,
+            max_memory_mb: 131_072,
+            max_disk_size_mb: 1_048_576,
+            max_json_bytes: 1 << 20,
+            max_upload_bytes: None,
+        }
+    }
+}
+
+/// How patient the background work is. Tests shorten these and step the passes by hand.
+#[derive(Debug, Clone)]
+pub struct Timings {
+    /// Between two passes of the monitor; a poke starts one at once.
+    pub monitor_interval: Duration,
+    /// Silence after which a host counts as unreachable.
+    pub host_silence: Duration,
+    /// Age after which an operation that nobody in this process drives is taken up by the monitor.
+    pub transient_age: Duration,
+    /// Age after which a start that its host never confirmed is given up.
+    pub start_deadline: Duration,
+    /// How long a sandbox that no record knows is left alone on its host.
+    pub orphan_grace: Duration,
+    /// Limit of one lifecycle RPC.
+    pub lifecycle_rpc: Duration,
+    /// Limit of one short RPC (ping, list, stat …).
+    pub short_rpc: Duration,
+    /// How long `POST /v1/snapshots` waits for the template when the client names no `wait`.
+    pub snapshot_wait: Duration,
+    /// Between two `ping` frames of a terminal.
+    pub pty_ping: Duration,
+    /// What is left of background work at shutdown.
+    pub shutdown_grace: Duration,
+}
+
+impl Default for Timings {
+    fn default() -> Self {
+        Self {
+            monitor_interval: Duration::from_secs(60),
+            host_silence: Duration::from_secs(90),
+            transient_age: Duration::from_secs(30),
+            start_deadline: Duration::from_secs(600),
+            orphan_grace: Duration::from_secs(120),
+            lifecycle_rpc: Duration::from_secs(300),
+            short_rpc: Duration::from_secs(30),
+            snapshot_wait: Duration::from_secs(60),
+            pty_ping: Duration::from_secs(30),
+            shutdown_grace: Duration::from_secs(10),
+        }
+    }
+}

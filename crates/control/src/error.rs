@@ -1,0 +1,162 @@
+//! What can go wrong in the services, as decisions a caller can take.
+//!
+//! Each variant has a stable code (the API's contract, listed with advice in `docs/errors.md`), a text
+//! for the caller, and, where there is one, a private cause in `source()` that only the log sees. The
+//! HTTP status belongs to the edge (`api::error`).
+
+use std::error::Error as StdError;
+
+use crate::domain::SandboxStatus;
+use crate::domain::lifecycle::Denied;
+
+/// The stable codes of the API's error bodies.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum ErrorCode {
+    /// The request is malformed or a value is out of range.
+    InvalidRequest,
+    /// No valid credentials.
+    Unauthorized,
+    /// Valid credentials that do not allow this.
+    Forbidden,
+    /// Unknown, or not the caller's.
+    NotFound,
+    /// The path exists, with other methods.
+    MethodNotAllowed,
+    /// The thing is in a status that forbids this.
+    InvalidState,
+    /// Something else is in the way.
+    Conflict,
+    /// The body is larger than allowed.
+    PayloadTooLarge,
+    /// No host has room.
+    NoCapacity,
+    /// The sandbox's host cannot be reached.
+    HostUnavailable,
+    /// The host or the guest answered with a failure.
+    AgentError,
+    /// It took longer than allowed.
+    Timeout,
+    /// A fault of the server.
+    InternalError,
+}
+
+impl ErrorCode {
+    /// All codes; the documentation's test walks them.
+    pub const ALL: [Self; 13] = [
+        Self::InvalidRequest,
+        Self::Unauthorized,
+        Self::Forbidden,
+        Self::NotFound,
+        Self::MethodNotAllowed,
+        Self::InvalidState,
+        Self::Conflict,
+        Self::PayloadTooLarge,
+        Self::NoCapacity,
+        Self::HostUnavailable,
+        Self::AgentError,
+        Self::Timeout,
+        Self::InternalError,
+    ];
+
+    /// The word on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::InvalidRequest => "invalid_request",
+            Self::Unauthorized => "unauthorized",
+            Self::Forbidden => "forbidden",
+            Self::NotFound => "not_found",
+            Self::MethodNotAllowed => "method_not_allowed",
+            Self::InvalidState => "invalid_state",
+            Self::Conflict => "conflict",
+            Self::PayloadTooLarge => "payload_too_large",
+            Self::NoCapacity => "no_capacity",
+            Self::HostUnavailable => "host_unavailable",
+            Self::AgentError => "agent_error",
+            Self::Timeout => "timeout",
+            Self::InternalError => "internal_error",
+        }
+    }
+
+    /// The code of a word, for failures that were stored.
+    #[must_use]
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|code| code.as_str() == word)
+    }
+}
+
+/// A service's failure.
+#[derive(Debug, thiserror::Error)]
+#[error("{message}")]
+pub struct Error {
+    /// What the caller can branch on.
+    pub code: ErrorCode,
+    /// For the caller: resource or field, cause and remedy.
+    pub message: String,
+    /// For the log.
+    #[source]
+    pub cause: Option<Box<dyn StdError + Send + Sync>>,
+}
+
+/// A service's result.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+impl Error {
+    /// A failure without a private cause.
+    pub fn new(code: ErrorCode, message: impl Into<String>) -> Self {
+        Self {
+            code,
+            message: message.into(),
+            cause: None,
+        }
+    }
+
+    /// A value that cannot be accepted.
+    pub fn invalid(message: impl Into<String>) -> Self {
+        Self::new(ErrorCode::InvalidRequest, message)
+    }
+
+    /// Unknown, or not the caller's: the two look alike on purpose.
+    pub fn not_found(kind: &str, name: impl std::fmt::Display) -> Self {
+        let name: String = name.to_string().chars().take(200).collect();
+        Self::new(ErrorCode::NotFound, format!("{kind} '{name}' was not found"))
+    }
+
+    /// A fault of the server; the cause goes to the log only.
+    pub fn internal(cause: impl Into<Box<dyn StdError + Send + Sync>>) -> Self {
+        Self {
+            code: ErrorCode::InternalError,
+            message: "internal error; the server's log has the cause".to_owned(),
+            cause: Some(cause.into()),
+        }
+    }
+
+    /// The sandbox is in a status in which this cannot be done.
+    #[must_use]
+    pub fn wrong_status(verb: &str, status: SandboxStatus) -> Self {
+        let hint = match status {
+            SandboxStatus::Paused | SandboxStatus::Hibernated => "; resume it first",
+            SandboxStatus::Missing => "; its host cannot be reached at the moment",
+            SandboxStatus::Error => "; it can only be destroyed",
+            status if status.is_transient() => "; wait until the operation under way has ended",
+            _ => "",
+        };
+        Self::new(
+            ErrorCode::InvalidState,
+            format!("cannot {verb} a sandbox that is {status}{hint}"),
+        )
+    }
+}
+
+impl From<Denied> for Error {
+    fn from(denied: Denied) -> Self {
+        Self::wrong_status(denied.request.verb(), denied.status)
+    }
+}
+
+impl From<sea_orm::DbErr> for Error {
+    fn from(cause: sea_orm::DbErr) -> Self {
+        Self::internal(cause)
+    }
+}

@@ -1,0 +1,8 @@
+//! The control plane's side of its hosts: clients, placement, and what their answers mean.
+
+mod pool;
+pub(crate) mod rpc;
+mod scheduler;
+
+pub(crate) use pool::{Client, Pool};
+pub(crate) use scheduler::{Needs, Scheduler};

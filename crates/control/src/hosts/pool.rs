@@ -1,0 +1,81 @@
+//! One RPC client per host, made when it is first needed and made anew when the host's address or
+//! token changes. Connections underneath are pooled and opened on use.
+
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use connectrpc::client::{ClientConfig, HttpClient};
+use wrenn_proto::hostagent::HostAgentClient;
+
+use crate::domain::{Host, HostId};
+use crate::{Error, ErrorCode, Result};
+
+/// A client of one host.
+pub(crate) type Client = HostAgentClient<HttpClient>;
+
+/// Largest answer that is read: two streams of collected output at their limit, and some.
+const MAX_MESSAGE: usize = 40 << 20;
+
+/// The clients.
+pub(crate) struct Pool {
+    http: HttpClient,
+    clients: Mutex<HashMap<HostId, Entry>>,
+}
+
+struct Entry {
+    address: String,
+    rpc_token: String,
+    client: Client,
+}
+
+impl Pool {
+    pub(crate) fn new() -> Self {
+        let http = HttpClient::builder()
+            .connect_timeout(Duration::from_secs(5))
+            .plaintext();
+        Self {
+            http,
+            clients: Mutex::default(),
+        }
+    }
+
+    /// The client of a host.
+    pub(crate) fn client(&self, host: &Host) -> Result<Client> {
+        let mut clients = self
+            .clients
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        if let Some(entry) = clients.get(&host.id)
+            && entry.address == host.address
+            && entry.rpc_token == host.rpc_token
+        {
+            return Ok(entry.client.clone());
+        }
+        let unusable = || {
+            Error::new(
+                ErrorCode::HostUnavailable,
+                "the sandbox's host has no usable address",
+            )
+        };
+        let uri: http::Uri = host.address.parse().map_err(|_| unusable())?;
+        if uri.scheme_str() != Some("http") || uri.authority().is_none() {
+            return Err(unusable());
+        }
+        let authorization =
+            http::HeaderValue::try_from(format!("Bearer {}", host.rpc_token)).map_err(|_| unusable())?;
+        let config = ClientConfig::new(uri)
+            .with_default_max_message_size(MAX_MESSAGE)
+            .with_default_header(http::header::AUTHORIZATION, authorization);
+        let client = Client::new(self.http.clone(), config);
+        clients.insert(
+            host.id,
+            Entry {
+                address: host.address.clone(),
+                rpc_token: host.rpc_token.clone(),
+                client: client.clone(),
+            },
+        );
+        Ok(client)
+    }
+}

@@ -1,0 +1,430 @@
+//! Carries decisions to hosts: reads a record, does what its transient status calls for, and writes
+//! what came of it.
+//!
+//! Driving needs nothing but the record, and repeating it is harmless (the generation makes the host's
+//! side idempotent). So the same function serves the request that made the decision, the monitor that
+//! finds an operation nobody drives, and the start after a crash.
+
+use connectrpc::client::CallOptions;
+use connectrpc::{ConnectError, ErrorCode as Rpc};
+use wrenn_proto::hostagent;
+
+use super::Services;
+use crate::domain::lifecycle::{Source, Verdict, apply_report};
+use crate::domain::{Failure, HostId, Sandbox, SandboxId, SandboxStatus, TemplateId, now};
+use crate::events::Event;
+use crate::hosts::{Needs, rpc};
+use crate::store::{Change, Guard, Outcome};
+use crate::tasks::TaskKind;
+use crate::{ErrorCode, Result};
+
+/// How a step of driving ended.
+enum Step {
+    /// The record changed; look again.
+    Again,
+    /// Nothing more to do now.
+    Rest,
+}
+
+/// Most hosts that one start is tried on.
+const MAX_PLACEMENTS: usize = 4;
+
+impl Services {
+    /// Starts to drive a sandbox, unless a task of this process does so already.
+    pub(super) fn drive(&self, id: SandboxId) {
+        let services = self.clone();
+        self.tasks
+            .spawn(TaskKind::Drive, async move { services.drive_to_rest(id).await });
+    }
+
+    /// Drives until the status is settled or the host does not answer.
+    pub(super) async fn drive_to_rest(&self, id: SandboxId) {
+        let mut refused = Vec::new();
+        loop {
+            let sandbox = match self.store.sandbox(id).await {
+                Ok(Some(sandbox)) if sandbox.status.is_transient() => sandbox,
+                Ok(_) => return,
+                Err(error) => {
+                    tracing::error!(sandbox = %id, error = &error as &dyn std::error::Error, "cannot read a record");
+                    return;
+                }
+            };
+            // One task per decision: a newer decision (destroy during create) must not wait for the older.
+            let Some(_claim) = self.claim(id, sandbox.generation, sandbox.status) else {
+                return;
+            };
+            match self.step(&sandbox, &mut refused).await {
+                Ok(Step::Again) => {}
+                Ok(Step::Rest) => return,
+                Err(error) => {
+                    tracing::error!(sandbox = %id, error = &error as &dyn std::error::Error, "an operation failed");
+                    return;
+                }
+            }
+        }
+    }
+
+    async fn step(&self, sandbox: &Sandbox, refused: &mut Vec<HostId>) -> Result<Step> {
+        match sandbox.status {
+            SandboxStatus::Pending => {
+                // Stale: somebody decided otherwise, and looking again shows what.
+                let _: Outcome = self
+                    .settle(sandbox, Change::decide(SandboxStatus::Starting))
+                    .await?;
+                Ok(Step::Again)
+            }
+            SandboxStatus::Starting => self.drive_start(sandbox, refused).await,
+            SandboxStatus::Pausing => self.drive_pause(sandbox).await,
+            SandboxStatus::Resuming => self.drive_resume(sandbox).await,
+            SandboxStatus::Snapshotting => self.drive_snapshot(sandbox).await,
+            SandboxStatus::Stopping => self.drive_stop(sandbox).await,
+            SandboxStatus::Running
+            | SandboxStatus::Paused
+            | SandboxStatus::Hibernated
+            | SandboxStatus::Stopped
+            | SandboxStatus::Missing
+            | SandboxStatus::Error => Ok(Step::Rest),
+        }
+    }
+
+    async fn drive_start(&self, sandbox: &Sandbox, refused: &mut Vec<HostId>) -> Result<Step> {
+        let request = hostagent::CreateSandboxRequest {
+            sandbox_id: sandbox.id.to_string(),
+            team_id: sandbox.team.to_string(),
+            generation: sandbox.generation,
+            template_team_id: sandbox.template_team.to_string(),
+            template_id: sandbox.template.to_string(),
+            vcpus: sandbox.vcpus,
+            memory_mb: sandbox.memory_mb,
+            disk_size_mb: sandbox.disk_size_mb,
+            timeout_sec: sandbox.timeout_sec,
+            envs: sandbox.envs.clone().into_iter().collect(),
+            ..Default::default()
+        };
+        let answer = match self.client_of(sandbox).await {
+            Ok(client) => client
+                .create_sandbox_with_options(request, self.lifecycle())
+                .await
+                .map(drop),
+            Err(error) => Err(ConnectError::unavailable(error.message)),
+        };
+        let error = match answer {
+            Ok(()) => {
+                let outcome = self
+                    .settle(sandbox, Change::to(SandboxStatus::Running).running())
+                    .await?;
+                // Destroyed in the meantime: the destroy may have found nothing there yet.
+                return Ok(if outcome == Outcome::Updated {
+                    Step::Rest
+                } else {
+                    self.undo_start(sandbox).await
+                });
+            }
+            Err(error) => error,
+        };
+        if matches!(error.code, Rpc::AlreadyExists) {
+            return self.ask(sandbox, None).await;
+        }
+        let another =
+            matches!(error.code, Rpc::ResourceExhausted | Rpc::Unavailable) && refused.len() < MAX_PLACEMENTS;
+        if another && let Some(host) = sandbox.host {
+            refused.push(host);
+            let needs = Needs {
+                template: sandbox.template,
+                memory_mb: sandbox.memory_mb,
+            };
+            if let Ok(host) = self.scheduler.place(&self.store, needs, refused).await {
+                // A new decision: what the first host may still have under the old one is an orphan there.
+                let change = Change::decide(SandboxStatus::Starting).host(host.id);
+                let _: Outcome = self.settle(sandbox, change).await?;
+                return Ok(Step::Again);
+            }
+        }
+        let age = now().saturating_sub(sandbox.created_at);
+        if rpc::is_ambiguous(&error) && age < millis(self.config.timings.start_deadline) {
+            tracing::warn!(sandbox = %sandbox.id, %error, "no answer to a start; the monitor will ask again");
+            return Ok(Step::Rest);
+        }
+        let failure = rpc::failure(error, sandbox.generation);
+        tracing::warn!(sandbox = %sandbox.id, reason = failure.message, "a sandbox could not start");
+        self.finish(sandbox, Change::to(SandboxStatus::Error).failure(Some(failure)))
+            .await
+    }
+
+    /// A start succeeded that nobody wants any more.
+    async fn undo_start(&self, sandbox: &Sandbox) -> Step {
+        if let Ok(Some(current)) = self.store.sandbox(sandbox.id).await
+            && (current.status == SandboxStatus::Stopped || current.host != sandbox.host)
+            && let Ok(client) = self.client_of(sandbox).await
+        {
+            let request = hostagent::DestroySandboxRequest {
+                sandbox_id: sandbox.id.to_string(),
+                generation: current.generation,
+                ..Default::default()
+            };
+            if let Err(error) = client
+                .destroy_sandbox_with_options(request, self.lifecycle())
+                .await
+            {
+                tracing::warn!(sandbox = %sandbox.id, %error, "an orphan is left to the monitor");
+            }
+        }
+        Step::Again
+    }
+
+    async fn drive_pause(&self, sandbox: &Sandbox) -> Result<Step> {
+        let client = self.client_of(sandbox).await?;
+        let request = hostagent::PauseSandboxRequest {
+            sandbox_id: sandbox.id.to_string(),
+            generation: sandbox.generation,
+            ..Default::default()
+        };
+        match client.pause_sandbox_with_options(request, self.lifecycle()).await {
+            Ok(_) => self.finish(sandbox, Change::to(SandboxStatus::Paused)).await,
+            Err(error) => self.ask(sandbox, Some(error)).await,
+        }
+    }
+
+    async fn drive_resume(&self, sandbox: &Sandbox) -> Result<Step> {
+        let client = self.client_of(sandbox).await?;
+        let request = hostagent::ResumeSandboxRequest {
+            sandbox_id: sandbox.id.to_string(),
+            generation: sandbox.generation,
+            timeout_sec: sandbox.timeout_sec,
+            ..Default::default()
+        };
+        match client
+            .resume_sandbox_with_options(request, self.lifecycle())
+            .await
+        {
+            Ok(_) => {
+                self.finish(sandbox, Change::to(SandboxStatus::Running).running())
+                    .await
+            }
+            Err(error) => self.ask(sandbox, Some(error)).await,
+        }
+    }
+
+    async fn drive_snapshot(&self, sandbox: &Sandbox) -> Result<Step> {
+        let back = sandbox.previous.unwrap_or(SandboxStatus::Running);
+        let (Some(template), Some(host)) = (sandbox.snapshot, sandbox.host) else {
+            return self.finish(sandbox, Change::to(back)).await;
+        };
+        let client = self.client(host).await?;
+        let request = hostagent::CreateSnapshotRequest {
+            sandbox_id: sandbox.id.to_string(),
+            generation: sandbox.generation,
+            team_id: sandbox.team.to_string(),
+            template_id: template.to_string(),
+            ..Default::default()
+        };
+        match client
+            .create_snapshot_with_options(request, self.lifecycle())
+            .await
+        {
+            Ok(answer) => {
+                let made = answer.into_owned();
+                // The template first: a crash between the two repeats the (finished) request.
+                self.store
+                    .template_finish(
+                        template,
+                        host,
+                        made.size_bytes,
+                        made.vcpus,
+                        made.memory_mb,
+                        made.disk_size_mb,
+                    )
+                    .await?;
+                let step = self.finish(sandbox, Change::to(back)).await;
+                // What it replaced may go now.
+                self.poke();
+                step
+            }
+            Err(error) if rpc::is_ambiguous(&error) => self.unanswered(sandbox, &error),
+            Err(error) => {
+                self.store.template_forget(template).await?;
+                self.ask(sandbox, Some(error)).await
+            }
+        }
+    }
+
+    async fn drive_stop(&self, sandbox: &Sandbox) -> Result<Step> {
+        if let Some(host) = sandbox.host {
+            let client = self.client(host).await?;
+            let request = hostagent::DestroySandboxRequest {
+                sandbox_id: sandbox.id.to_string(),
+                generation: sandbox.generation,
+                ..Default::default()
+            };
+            match client
+                .destroy_sandbox_with_options(request, self.lifecycle())
+                .await
+            {
+                Ok(_) => {}
+                Err(error) if matches!(error.code, Rpc::NotFound) => {}
+                Err(error) => return self.unanswered(sandbox, &error),
+            }
+        }
+        self.finish(sandbox, Change::to(SandboxStatus::Stopped)).await
+    }
+
+    /// An operation's RPC ended without success: the host says where the sandbox stands now.
+    async fn ask(&self, sandbox: &Sandbox, error: Option<ConnectError>) -> Result<Step> {
+        if let Some(error) = &error
+            && rpc::is_ambiguous(error)
+        {
+            return self.unanswered(sandbox, error);
+        }
+        let client = self.client_of(sandbox).await?;
+        let request = hostagent::GetSandboxRequest {
+            sandbox_id: sandbox.id.to_string(),
+            ..Default::default()
+        };
+        let failure = error.map(|error| rpc::failure(error, sandbox.generation));
+        let report = match client.get_sandbox_with_options(request, self.short()).await {
+            Ok(answer) => {
+                let answer = answer.into_owned();
+                answer.sandbox.as_option().map(rpc::Report::read)
+            }
+            Err(error) if matches!(error.code, Rpc::NotFound) => None,
+            Err(error) => return self.unanswered(sandbox, &error),
+        };
+        let Some(report) = report else {
+            let failure = failure.unwrap_or_else(|| lost(sandbox.generation));
+            return self
+                .finish(sandbox, Change::to(SandboxStatus::Error).failure(Some(failure)))
+                .await;
+        };
+        let verdict = apply_report(
+            sandbox.status,
+            sandbox.generation,
+            report.state,
+            report.generation,
+            Source::Answer,
+        );
+        if let Verdict::Become(status) = verdict {
+            // Reaching the goal after all is no failure.
+            let reached = crate::domain::lifecycle::goal(sandbox.status) == Some(status);
+            let failure = report
+                .failure(sandbox.generation)
+                .or(failure.filter(|_| !reached));
+            let mut change = Change::to(status).failure(failure);
+            if status == SandboxStatus::Running && sandbox.previous != Some(SandboxStatus::Running) {
+                change = change.running();
+            }
+            return self.finish(sandbox, change).await;
+        }
+        Ok(Step::Rest)
+    }
+
+    /// No answer: the status stays as it is, and the monitor takes it up.
+    fn unanswered(&self, sandbox: &Sandbox, error: &ConnectError) -> Result<Step> {
+        tracing::warn!(sandbox = %sandbox.id, status = %sandbox.status, %error, "no answer; the monitor will ask again");
+        Ok(Step::Rest)
+    }
+
+    /// Writes an operation's end and rests; when the record is no longer the one that was read, a newer
+    /// decision may be waiting.
+    async fn finish(&self, sandbox: &Sandbox, change: Change) -> Result<Step> {
+        Ok(match self.settle(sandbox, change).await? {
+            Outcome::Updated | Outcome::Missing => Step::Rest,
+            Outcome::Stale => Step::Again,
+        })
+    }
+
+    /// Writes an operation's end, if the record is still the one that was read, and tells whoever waits.
+    pub(super) async fn settle(&self, sandbox: &Sandbox, change: Change) -> Result<Outcome> {
+        let outcome = self
+            .store
+            .sandbox_change(sandbox.id, Guard::from(sandbox), change)
+            .await?;
+        match outcome {
+            Outcome::Updated => self.bus.publish(Event::Sandbox(sandbox.id)),
+            Outcome::Stale | Outcome::Missing => {
+                metrics::counter!("wrenn_stale_updates_total", "source" => "operation").increment(1);
+            }
+        }
+        Ok(outcome)
+    }
+
+    /// Claims a decision for this task; `None` if another task of this process has it.
+    fn claim(&self, id: SandboxId, generation: u64, status: SandboxStatus) -> Option<Claim> {
+        let key = (id, generation, status);
+        let mut driven = self
+            .driven
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        driven.insert(key).then(|| Claim {
+            services: self.clone(),
+            key,
+        })
+    }
+
+    fn lifecycle(&self) -> CallOptions {
+        CallOptions::default().with_timeout(self.config.timings.lifecycle_rpc)
+    }
+
+    /// Removes a template's files from its hosts, then its row. What cannot be reached or is still used
+    /// stays marked, and the monitor comes back to it.
+    pub(super) async fn remove_template_files(
+        &self,
+        id: TemplateId,
+        team: crate::domain::TeamId,
+    ) -> std::result::Result<(), ConnectError> {
+        let internal = |error: sea_orm::DbErr| ConnectError::internal(error.to_string());
+        for host in self.store.template_holders(id).await.map_err(internal)? {
+            let client = self
+                .client(host)
+                .await
+                .map_err(|error| ConnectError::unavailable(error.message))?;
+            let request = hostagent::DeleteSnapshotRequest {
+                team_id: team.to_string(),
+                template_id: id.to_string(),
+                ..Default::default()
+            };
+            match client
+                .delete_snapshot_with_options(request, self.lifecycle())
+                .await
+            {
+                Ok(_) => {}
+                Err(error) if matches!(error.code, Rpc::NotFound) => {}
+                Err(error) => return Err(error),
+            }
+            self.store
+                .template_holder_remove(id, host)
+                .await
+                .map_err(internal)?;
+        }
+        self.store.template_forget(id).await.map_err(internal)
+    }
+}
+
+/// The failure of a sandbox that its host does not know.
+pub(super) fn lost(generation: u64) -> Failure {
+    Failure {
+        code: ErrorCode::AgentError.as_str().to_owned(),
+        message: "the sandbox's host no longer has it".to_owned(),
+        console: None,
+        generation,
+    }
+}
+
+pub(super) fn millis(duration: std::time::Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}
+
+/// Releases a decision when the task that carries it ends, however it ends.
+pub(super) struct Claim {
+    services: Services,
+    key: (SandboxId, u64, SandboxStatus),
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        self.services
+            .driven
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+            .remove(&self.key);
+    }
+}

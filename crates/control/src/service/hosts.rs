@@ -1,0 +1,264 @@
+//! What host agents tell: registration, tokens, heartbeats, and changes that happened by themselves.
+
+use wrenn_proto::rest::{
+    Heartbeat, HostTokens, RefreshHostToken, RegisterHost, RegisteredHost, SandboxEvent, SandboxFailure,
+    SandboxStatus,
+};
+
+use super::Services;
+use crate::auth;
+use crate::domain::lifecycle::{HostState, Source, Verdict, apply_report};
+use crate::domain::{Failure, Host, Millis, SandboxId, TemplateId, now};
+use crate::hosts::rpc;
+use crate::store::{Change, HostRegistration, Outcome};
+use crate::{Error, ErrorCode, Result};
+
+/// Life of an agent's bearer token: 7 days.
+const TOKEN_LIFE: Millis = 7 * 24 * 3_600_000;
+/// Life of its refresh token: 60 days.
+const REFRESH_LIFE: Millis = 60 * 24 * 3_600_000;
+/// Most templates in a heartbeat, and events in one callback.
+const MAX_ITEMS: usize = 10_000;
+
+struct Tokens {
+    token: String,
+    token_hash: String,
+    token_expires_at: Millis,
+    refresh: String,
+    refresh_hash: String,
+    refresh_expires_at: Millis,
+}
+
+impl Tokens {
+    fn new() -> Result<Self> {
+        let token = auth::random_secret("wrt_", 32)?;
+        let refresh = auth::random_secret("wrr_", 32)?;
+        let now = now();
+        Ok(Self {
+            token_hash: auth::hash(&token),
+            token,
+            token_expires_at: now + TOKEN_LIFE,
+            refresh_hash: auth::hash(&refresh),
+            refresh,
+            refresh_expires_at: now + REFRESH_LIFE,
+        })
+    }
+}
+
+impl Services {
+    /// An agent presents its one-time token.
+    pub(crate) async fn register_host(&self, body: RegisterHost) -> Result<RegisteredHost> {
+        let RegisterHost {
+            token,
+            arch,
+            cpu_cores,
+            memory_mb,
+            disk_gb,
+            address,
+        } = body;
+        let address = agent_address(&address)?;
+        if arch.is_empty()
+            || arch.len() > 32
+            || !arch
+                .bytes()
+                .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+        {
+            return Err(Error::invalid("arch must be a word such as x86_64"));
+        }
+        let tokens = Tokens::new()?;
+        let rpc_token = auth::random_secret("wrp_", 32)?;
+        let host = self
+            .store
+            .host_register(
+                &auth::hash(&token),
+                HostRegistration {
+                    arch: &arch,
+                    cpu_cores,
+                    memory_mb,
+                    disk_gb,
+                    address: &address,
+                    rpc_token: &rpc_token,
+                    token_hash: &tokens.token_hash,
+                    token_expires_at: tokens.token_expires_at,
+                    refresh_hash: &tokens.refresh_hash,
+                    refresh_expires_at: tokens.refresh_expires_at,
+                },
+            )
+            .await?
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorCode::Unauthorized,
+                    "the registration token is unknown, used or too old; ask for a new one",
+                )
+            })?;
+        tracing::info!(%host, address, "a host registered");
+        Ok(RegisteredHost {
+            host_id: host.to_string(),
+            token: tokens.token,
+            refresh_token: tokens.refresh,
+            rpc_token,
+        })
+    }
+
+    /// An agent exchanges its refresh token.
+    pub(crate) async fn refresh_host(&self, body: RefreshHostToken) -> Result<HostTokens> {
+        let tokens = Tokens::new()?;
+        self.store
+            .host_refresh(
+                &auth::hash(&body.refresh_token),
+                &tokens.token_hash,
+                tokens.token_expires_at,
+                &tokens.refresh_hash,
+                tokens.refresh_expires_at,
+            )
+            .await?
+            .ok_or_else(|| {
+                Error::new(
+                    ErrorCode::Unauthorized,
+                    "the refresh token is unknown, used or too old",
+                )
+            })?;
+        Ok(HostTokens {
+            token: tokens.token,
+            refresh_token: tokens.refresh,
+        })
+    }
+
+    /// An agent is alive.
+    pub(crate) async fn heartbeat(&self, host: &Host, body: Heartbeat) -> Result<()> {
+        let Heartbeat {
+            version,
+            memory_available_mb,
+            disk_available_mb,
+            templates,
+        } = body;
+        if templates.len() > MAX_ITEMS {
+            return Err(Error::invalid(format!(
+                "templates must have at most {MAX_ITEMS} entries"
+            )));
+        }
+        for template in templates {
+            let Ok(id) = template.id.parse::<TemplateId>() else {
+                continue;
+            };
+            self.store
+                .template_on_host(
+                    id,
+                    host.id,
+                    template.status,
+                    &rpc::text(&template.detail).replace('\0', ""),
+                    template.progress_pct,
+                    template.size_bytes,
+                )
+                .await?;
+        }
+        let version: String = version.chars().filter(|char| *char != '\0').take(100).collect();
+        let back = self
+            .store
+            .host_heartbeat(host.id, &version, memory_available_mb, disk_available_mb)
+            .await?;
+        if back {
+            tracing::info!(host = %host.id, "a host is back");
+            self.poke();
+        }
+        Ok(())
+    }
+
+    /// Changes that happened on a host by themselves. Those of other hosts' sandboxes, of unknown ones
+    /// and stale ones are counted and dropped: the agent need not know more.
+    pub(crate) async fn host_events(&self, host: &Host, events: Vec<SandboxEvent>) -> Result<()> {
+        if events.len() > MAX_ITEMS {
+            return Err(Error::invalid(format!(
+                "events must have at most {MAX_ITEMS} entries"
+            )));
+        }
+        for event in events {
+            let dropped = |reason: &'static str| {
+                metrics::counter!("wrenn_host_events_dropped_total", "reason" => reason).increment(1);
+            };
+            let Ok(id) = event.sandbox_id.parse::<SandboxId>() else {
+                dropped("malformed");
+                continue;
+            };
+            let record = self
+                .store
+                .sandbox(id)
+                .await?
+                .filter(|record| record.host == Some(host.id));
+            let Some(record) = record else {
+                dropped("unknown");
+                continue;
+            };
+            let Some(state) = host_state(event.status) else {
+                dropped("malformed");
+                continue;
+            };
+            match apply_report(
+                record.status,
+                record.generation,
+                state,
+                event.generation,
+                Source::Event,
+            ) {
+                Verdict::Become(status) => {
+                    let failure =
+                        (state == HostState::Error).then(|| failure(event.error, record.generation));
+                    let mut change = Change::to(status).failure(failure);
+                    if status == SandboxStatus::Running {
+                        change = change.running();
+                    }
+                    if self.settle(&record, change).await? == Outcome::Updated {
+                        tracing::info!(sandbox = %id, %status, reason = rpc::text(&event.reason), "changed on its host");
+                    }
+                }
+                Verdict::Agrees => {}
+                Verdict::Ignored => dropped("ended"),
+                Verdict::Stale => dropped("stale"),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn host_state(status: SandboxStatus) -> Option<HostState> {
+    match status {
+        SandboxStatus::Running => Some(HostState::Running),
+        SandboxStatus::Paused => Some(HostState::Paused),
+        SandboxStatus::Error => Some(HostState::Error),
+        SandboxStatus::Pending
+        | SandboxStatus::Starting
+        | SandboxStatus::Pausing
+        | SandboxStatus::Snapshotting
+        | SandboxStatus::Resuming
+        | SandboxStatus::Stopping => Some(HostState::Busy),
+        SandboxStatus::Hibernated | SandboxStatus::Stopped | SandboxStatus::Missing => None,
+    }
+}
+
+fn failure(told: Option<SandboxFailure>, generation: u64) -> Failure {
+    let clean = |words: &str| rpc::text(words).replace('\0', "");
+    let (message, console) = match told {
+        Some(SandboxFailure { message, console }) => (clean(&message), console.as_deref().map(clean)),
+        None => ("the sandbox's VM died".to_owned(), None),
+    };
+    Failure {
+        code: ErrorCode::AgentError.as_str().to_owned(),
+        message,
+        console,
+        generation,
+    }
+}
+
+/// An agent's address: where RPCs and later proxied traffic go.
+fn agent_address(address: &str) -> Result<String> {
+    let bad = || Error::invalid("address must be a URL such as http://10.0.0.7:8001");
+    let uri: http::Uri = address.parse().map_err(|_| bad())?;
+    let plain = uri.scheme_str() == Some("http")
+        && uri.port_u16().is_some()
+        && uri.path() == "/"
+        && uri.query().is_none();
+    if !plain || address.len() > 300 {
+        return Err(bad());
+    }
+    Ok(address.trim_end_matches('/').to_owned())
+}

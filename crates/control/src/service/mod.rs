@@ -1,0 +1,138 @@
+//! The business logic. The API, the command line's admin calls and the dashboard all go through here.
+//!
+//! Services know the store, the hosts and the bus; they know nothing of HTTP.
+
+pub(crate) mod access;
+pub(crate) mod bootstrap;
+mod drive;
+pub(crate) mod files;
+pub(crate) mod hosts;
+pub(crate) mod monitor;
+pub(crate) mod processes;
+pub(crate) mod sandboxes;
+pub(crate) mod templates;
+pub(crate) mod validate;
+
+use std::collections::HashSet;
+use std::sync::{Arc, Mutex};
+
+use crate::config::ControlConfig;
+use crate::domain::{HostId, Principal, Sandbox, SandboxId, SandboxStatus};
+use crate::events::Bus;
+use crate::hosts::{Client, Pool, Scheduler};
+use crate::store::Store;
+use crate::tasks::Tasks;
+use crate::{Error, ErrorCode, Result};
+
+/// Everything that the services share. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Services {
+    inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) config: ControlConfig,
+    pub(crate) store: Store,
+    pub(crate) bus: Bus,
+    pub(crate) tasks: Tasks,
+    pool: Pool,
+    scheduler: Scheduler,
+    /// Decisions that a task of this process carries at the moment.
+    driven: Mutex<HashSet<(SandboxId, u64, SandboxStatus)>>,
+    /// Starts the monitor's next pass.
+    poke: tokio::sync::Notify,
+}
+
+impl std::ops::Deref for Services {
+    type Target = Inner;
+
+    fn deref(&self) -> &Inner {
+        &self.inner
+    }
+}
+
+impl Services {
+    pub(crate) fn new(config: ControlConfig, store: Store) -> Self {
+        Self {
+            inner: Arc::new(Inner {
+                config,
+                store,
+                bus: Bus::in_process(),
+                tasks: Tasks::default(),
+                pool: Pool::new(),
+                scheduler: Scheduler::default(),
+                driven: Mutex::default(),
+                poke: tokio::sync::Notify::new(),
+            }),
+        }
+    }
+
+    /// A sandbox of the caller's team.
+    pub(crate) async fn sandbox(&self, principal: Principal, id: &str) -> Result<Sandbox> {
+        let missing = || Error::not_found("sandbox", id);
+        let parsed: SandboxId = id.parse().map_err(|_| missing())?;
+        self.store
+            .sandbox_of_team(principal.team, parsed)
+            .await?
+            .ok_or_else(missing)
+    }
+
+    /// A running sandbox of the caller's team, and its host's client.
+    pub(crate) async fn running(
+        &self,
+        principal: Principal,
+        id: &str,
+        verb: &str,
+    ) -> Result<(Sandbox, Client)> {
+        let sandbox = self.sandbox(principal, id).await?;
+        if sandbox.status != SandboxStatus::Running {
+            return Err(Error::wrong_status(verb, sandbox.status));
+        }
+        let client = self.client_of(&sandbox).await?;
+        Ok((sandbox, client))
+    }
+
+    /// The client of a sandbox's host.
+    pub(crate) async fn client_of(&self, sandbox: &Sandbox) -> Result<Client> {
+        let host = sandbox
+            .host
+            .ok_or_else(|| Error::wrong_status("reach", sandbox.status))?;
+        self.client(host).await
+    }
+
+    /// The client of a host.
+    pub(crate) async fn client(&self, host: HostId) -> Result<Client> {
+        let host = self
+            .store
+            .host(host)
+            .await?
+            .ok_or_else(|| Error::new(ErrorCode::HostUnavailable, "the sandbox's host is gone"))?;
+        self.pool.client(&host)
+    }
+
+    /// Takes up what an earlier process left unfinished.
+    pub(crate) async fn take_up_unfinished(&self) -> Result<()> {
+        for sandbox in self.store.sandboxes_in_transit(crate::domain::now()).await? {
+            tracing::info!(sandbox = %sandbox.id, status = %sandbox.status, "taking up an unfinished operation");
+            self.drive(sandbox.id);
+        }
+        Ok(())
+    }
+
+    /// Whether the database answers.
+    pub(crate) async fn healthy(&self) -> Result<()> {
+        Ok(self.store.ping().await?)
+    }
+
+    /// What the metrics page counts afresh.
+    pub(crate) async fn gauges(
+        &self,
+    ) -> Result<(std::collections::BTreeMap<String, i64>, Vec<crate::domain::Host>)> {
+        Ok((self.store.sandbox_counts().await?, self.store.hosts().await?))
+    }
+
+    /// Starts the monitor's next pass now.
+    pub(crate) fn poke(&self) {
+        self.poke.notify_one();
+    }
+}

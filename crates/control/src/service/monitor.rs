@@ -1,0 +1,194 @@
+//! The last safety net: on a timer and on a poke, reads everything afresh and puts right what is not.
+//!
+//! - A host that fell silent becomes unreachable, and what lived there `missing`.
+//! - Each host that answers is asked what it has: records follow its answer, what is `missing` comes
+//!   back, and what no record knows is destroyed after a grace.
+//! - An operation that nobody drives (its process died, its host did not answer) is driven again.
+//! - Templates that are to go are removed from their hosts.
+
+use wrenn_proto::hostagent;
+
+use super::Services;
+use super::drive::{lost, millis};
+use crate::Result;
+use crate::domain::lifecycle::{GO_MISSING, Source, Verdict, apply_report};
+use crate::domain::{Host, HostStatus, Sandbox, SandboxStatus, now};
+use crate::events::Event;
+use crate::hosts::rpc;
+use crate::store::Change;
+use crate::tasks::TaskKind;
+
+/// What one pass did, for operators and tests.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct MonitorPass {
+    /// Hosts that fell silent.
+    pub hosts_lost: usize,
+    /// Sandboxes that became `missing`.
+    pub sandboxes_missing: usize,
+    /// Records that followed their host's answer.
+    pub sandboxes_corrected: usize,
+    /// Sandboxes destroyed that no record knew.
+    pub orphans_destroyed: usize,
+    /// Operations taken up again.
+    pub operations_resumed: usize,
+    /// Hosts that did not answer.
+    pub hosts_unanswered: usize,
+}
+
+impl Services {
+    /// Runs passes until shutdown.
+    pub(crate) fn start_monitor(&self) {
+        let services = self.clone();
+        self.tasks.spawn(TaskKind::Monitor, async move {
+            loop {
+                tokio::select! {
+                    () = tokio::time::sleep(services.config.timings.monitor_interval) => {}
+                    () = services.poke.notified() => {}
+                }
+                services.monitor_pass_logged().await;
+            }
+        });
+    }
+
+    async fn monitor_pass_logged(&self) {
+        match self.monitor_pass().await {
+            Ok(pass) => tracing::debug!(?pass, "monitor pass"),
+            Err(error) => {
+                metrics::counter!("wrenn_monitor_failures_total").increment(1);
+                tracing::error!(error = &error as &dyn std::error::Error, "a monitor pass failed");
+            }
+        }
+    }
+
+    /// One pass.
+    pub(crate) async fn monitor_pass(&self) -> Result<MonitorPass> {
+        let mut pass = MonitorPass::default();
+        let silence = millis(self.config.timings.host_silence);
+        for host in self.store.hosts_fall_silent(now() - silence).await? {
+            tracing::warn!(%host, "a host fell silent");
+            pass.hosts_lost += 1;
+        }
+        // Also hosts that fell silent in an earlier pass that did not get further.
+        for host in self.store.hosts_in(HostStatus::Unreachable).await? {
+            for id in self.store.sandboxes_go_missing(host.id, &GO_MISSING).await? {
+                self.bus.publish(Event::Sandbox(id));
+                pass.sandboxes_missing += 1;
+            }
+        }
+        for status in [HostStatus::Online, HostStatus::Draining] {
+            for host in self.store.hosts_in(status).await? {
+                self.reconcile_host(&host, &mut pass).await?;
+            }
+        }
+        for sandbox in self
+            .store
+            .sandboxes_in_transit(now() - millis(self.config.timings.transient_age))
+            .await?
+        {
+            pass.operations_resumed += 1;
+            self.drive(sandbox.id);
+        }
+        self.store
+            .templates_abandon(now() - millis(self.config.timings.transient_age))
+            .await?;
+        for (id, team) in self.store.templates_deleting().await? {
+            if let Err(error) = self.remove_template_files(id, team).await {
+                tracing::debug!(template = %id, %error, "a template's files stay for now");
+            }
+        }
+        metrics::counter!("wrenn_monitor_passes_total").increment(1);
+        metrics::counter!("wrenn_orphans_destroyed_total").increment(pass.orphans_destroyed as u64);
+        metrics::counter!("wrenn_sandboxes_corrected_total").increment(pass.sandboxes_corrected as u64);
+        Ok(pass)
+    }
+
+    /// Makes the records follow what a host has.
+    async fn reconcile_host(&self, host: &Host, pass: &mut MonitorPass) -> Result<()> {
+        // Read before asking: an answer may only correct a record that has not changed since.
+        let settled = [
+            SandboxStatus::Running,
+            SandboxStatus::Paused,
+            SandboxStatus::Missing,
+        ];
+        let records = self.store.sandboxes_on_host(host.id, &settled).await?;
+        let client = self.pool.client(host)?;
+        let answer = match client
+            .list_sandboxes_with_options(hostagent::ListSandboxesRequest::default(), self.short())
+            .await
+        {
+            Ok(answer) => answer.into_owned(),
+            Err(error) => {
+                tracing::warn!(host = %host.id, %error, "a host does not answer");
+                pass.hosts_unanswered += 1;
+                return Ok(());
+            }
+        };
+        let reports: Vec<_> = answer.sandboxes.iter().map(rpc::Report::read).collect();
+        for record in &records {
+            let report = reports.iter().find(|report| report.id == Some(record.id));
+            if self.correct(record, report).await? {
+                pass.sandboxes_corrected += 1;
+            }
+        }
+        for report in &reports {
+            let Some(id) = report.id else { continue };
+            let record = self.store.sandbox(id).await?;
+            if !is_orphan(
+                record.as_ref(),
+                host,
+                report,
+                millis(self.config.timings.orphan_grace),
+            ) {
+                continue;
+            }
+            let generation = record
+                .map_or(report.generation, |record| record.generation)
+                .max(report.generation);
+            let request = hostagent::DestroySandboxRequest {
+                sandbox_id: id.to_string(),
+                generation: generation.saturating_add(1),
+                ..Default::default()
+            };
+            match client.destroy_sandbox_with_options(request, self.short()).await {
+                Ok(_) => pass.orphans_destroyed += 1,
+                Err(error) => tracing::warn!(sandbox = %id, %error, "an orphan stays for now"),
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes one record follow its host's answer; returns whether it changed.
+    async fn correct(&self, record: &Sandbox, report: Option<&rpc::Report>) -> Result<bool> {
+        let change = match report {
+            None => Change::to(SandboxStatus::Error).failure(Some(lost(record.generation))),
+            Some(report) => {
+                let verdict = apply_report(
+                    record.status,
+                    record.generation,
+                    report.state,
+                    report.generation,
+                    Source::Answer,
+                );
+                let Verdict::Become(status) = verdict else {
+                    return Ok(false);
+                };
+                Change::to(status).failure(report.failure(record.generation))
+            }
+        };
+        let outcome = self.settle(record, change).await?;
+        Ok(outcome == crate::store::Outcome::Updated)
+    }
+}
+
+/// Whether a host has something that it should not have: no record, a record that ended, or one that
+/// lives elsewhere. Young ones are left alone, since their record may be on its way.
+fn is_orphan(record: Option<&Sandbox>, host: &Host, report: &rpc::Report, grace: i64) -> bool {
+    let unwanted = match record {
+        None => true,
+        Some(record) => record.status == SandboxStatus::Stopped || record.host != Some(host.id),
+    };
+    let since = report
+        .created_at_ms
+        .max(record.map_or(0, |record| record.status_at));
+    unwanted && now().saturating_sub(since) >= grace
+}

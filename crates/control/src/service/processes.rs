@@ -1,0 +1,485 @@
+//! Processes in a sandbox: run, start, follow, feed, kill.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use connectrpc::StreamMessage;
+use connectrpc::client::{CallOptions, ServerStream};
+use wrenn_proto::hostagent;
+use wrenn_proto::hostagent::__buffa::oneof::process_event::Event as WireEvent;
+use wrenn_proto::hostagent::__buffa::oneof::process_selector::Selector as WireSelector;
+use wrenn_proto::hostagent::__buffa::view::ProcessEventView;
+use wrenn_proto::rest::Exec;
+
+use super::{Services, validate};
+use crate::auth;
+use crate::domain::{Principal, SandboxId};
+use crate::hosts::{Client, rpc};
+use crate::{Error, Result};
+
+/// Collected output is cut here, for each stream.
+pub(crate) const MAX_OUTPUT: u64 = 16 << 20;
+/// Time limit of a foreground exec that names none.
+const DEFAULT_EXEC_SEC: u32 = 30;
+/// Longest time limit: a day.
+const MAX_EXEC_SEC: u32 = 24 * 3600;
+/// Program and arguments together.
+const MAX_COMMAND: usize = 512 * 1024;
+
+/// A process by its pid or its tag.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Selector {
+    Pid(u32),
+    Tag(String),
+}
+
+impl Selector {
+    /// Reads a path segment: digits are a pid, everything else is a tag.
+    pub(crate) fn parse(text: &str) -> Result<Self> {
+        if text.is_empty() || text.len() > 256 || text.contains('\0') {
+            return Err(Error::not_found("process", text));
+        }
+        Ok(match text.parse() {
+            Ok(pid) => Self::Pid(pid),
+            Err(_) => Self::Tag(text.to_owned()),
+        })
+    }
+
+    fn wire(&self) -> hostagent::ProcessSelector {
+        let selector = match self {
+            Self::Pid(pid) => WireSelector::Pid(*pid),
+            Self::Tag(tag) => WireSelector::Tag(tag.clone()),
+        };
+        hostagent::ProcessSelector {
+            selector: Some(selector),
+            ..Default::default()
+        }
+    }
+}
+
+/// What to start.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Spec {
+    pub(crate) cmd: String,
+    pub(crate) args: Vec<String>,
+    pub(crate) envs: BTreeMap<String, String>,
+    pub(crate) cwd: Option<String>,
+    pub(crate) user: Option<String>,
+    pub(crate) tag: Option<String>,
+}
+
+impl Spec {
+    fn wire(self) -> Result<hostagent::ProcessSpec> {
+        let Self {
+            cmd,
+            args,
+            envs,
+            cwd,
+            user,
+            tag,
+        } = self;
+        if cmd.is_empty() {
+            return Err(Error::invalid("cmd must not be empty"));
+        }
+        if cmd.len() + args.iter().map(String::len).sum::<usize>() > MAX_COMMAND {
+            return Err(Error::invalid(format!(
+                "cmd and args must be at most {MAX_COMMAND} bytes together"
+            )));
+        }
+        if cmd.contains('\0') || args.iter().any(|arg| arg.contains('\0')) {
+            return Err(Error::invalid("cmd and args must not contain a NUL character"));
+        }
+        validate::envs(&envs)?;
+        let cwd = cwd.filter(|cwd| !cwd.is_empty());
+        if let Some(cwd) = &cwd {
+            validate::path(cwd).map_err(|error| Error::invalid(format!("cwd: {}", error.message)))?;
+        }
+        let word = |field: &str, word: Option<String>| match word.filter(|word| !word.is_empty()) {
+            Some(word) if word.len() > 256 || word.contains(['\0', '/', '\n']) => Err(Error::invalid(
+                format!("{field} must be a word of at most 256 bytes"),
+            )),
+            word => Ok(word),
+        };
+        let tag = word("tag", tag)?;
+        if tag.as_ref().is_some_and(|tag| tag.parse::<u32>().is_ok()) {
+            return Err(Error::invalid(
+                "tag must not be a number, since numbers select by pid",
+            ));
+        }
+        Ok(hostagent::ProcessSpec {
+            cmd,
+            args,
+            envs: envs.into_iter().collect(),
+            cwd,
+            user: word("user", user)?,
+            tag,
+            ..Default::default()
+        })
+    }
+}
+
+/// Where a program's standard input comes from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Input {
+    /// Nowhere: `/dev/null`.
+    Nothing,
+    /// The client, through a pipe.
+    Pipe,
+    /// The client, through a terminal.
+    Terminal { cols: u32, rows: u32 },
+}
+
+/// What an exec came to.
+#[derive(Debug, Clone)]
+pub(crate) enum ExecOutcome {
+    /// It runs in the background.
+    Started { pid: u32, tag: String },
+    /// It ended.
+    Ended {
+        stdout: Vec<u8>,
+        stderr: Vec<u8>,
+        exit_code: i32,
+        duration_ms: u64,
+        truncated: bool,
+    },
+}
+
+/// What a followed process does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum ProcessEvent {
+    Start { pid: u32, tag: String },
+    Stdout(Vec<u8>),
+    Stderr(Vec<u8>),
+    Pty(Vec<u8>),
+    Exit { exit_code: i32 },
+    KeepAlive,
+}
+
+/// A followed process.
+pub(crate) struct ProcessStream {
+    events: ServerStream<hyper::body::Incoming, ProcessEventView<'static>>,
+}
+
+/// A running sandbox's process, to be fed and killed.
+#[derive(Clone)]
+pub(crate) struct ProcessHandle {
+    client: Client,
+    sandbox: SandboxId,
+    selector: Selector,
+    timeout: Duration,
+}
+
+impl Services {
+    /// Runs a program, or starts it in the background.
+    pub(crate) async fn exec(
+        &self,
+        principal: Principal,
+        id: &str,
+        body: Exec,
+    ) -> Result<(SandboxId, ExecOutcome)> {
+        let Exec {
+            cmd,
+            args,
+            background,
+            timeout_sec,
+            envs,
+            cwd,
+            tag,
+            user,
+        } = body;
+        let asked = timeout_sec.unwrap_or_default();
+        validate::within("timeout_sec", asked, 0, MAX_EXEC_SEC)?;
+        let tag = tag.filter(|tag| !tag.is_empty());
+        let tag = if background && tag.is_none() {
+            Some(auth::random_secret("proc-", 6)?)
+        } else {
+            tag
+        };
+        let spec = Spec {
+            cmd,
+            args,
+            envs: envs.unwrap_or_default(),
+            cwd,
+            user,
+            tag: tag.clone(),
+        }
+        .wire()?;
+        let (sandbox, client) = self.running(principal, id, "exec in").await?;
+        let limit = if asked == 0 && !background {
+            DEFAULT_EXEC_SEC
+        } else {
+            asked
+        };
+        let request = hostagent::ExecRequest {
+            sandbox_id: sandbox.id.to_string(),
+            process: spec.into(),
+            timeout_sec: limit,
+            background,
+            max_output_bytes: MAX_OUTPUT,
+            ..Default::default()
+        };
+        // The agent keeps the program's time; this limit only catches an agent that does not.
+        let patience = if background {
+            Duration::ZERO
+        } else {
+            Duration::from_secs(limit.into())
+        };
+        let options = CallOptions::default().with_timeout(patience + self.config.timings.short_rpc);
+        let answer = client
+            .exec_with_options(request, options)
+            .await
+            .map_err(rpc::error)?
+            .into_owned();
+        self.used(&sandbox).await?;
+        let outcome = if background {
+            let tag = if answer.tag.is_empty() {
+                tag.unwrap_or_default()
+            } else {
+                answer.tag
+            };
+            ExecOutcome::Started { pid: answer.pid, tag }
+        } else {
+            ExecOutcome::Ended {
+                stdout: answer.stdout,
+                stderr: answer.stderr,
+                exit_code: answer.exit_code,
+                duration_ms: answer.duration_ms,
+                truncated: answer.stdout_truncated || answer.stderr_truncated,
+            }
+        };
+        Ok((sandbox.id, outcome))
+    }
+
+    /// Starts a program and follows it.
+    pub(crate) async fn start_process(
+        &self,
+        principal: Principal,
+        id: &str,
+        mut spec: Spec,
+        input: Input,
+    ) -> Result<(ProcessStream, ProcessHandle)> {
+        let (prefix, size, stdin) = match input {
+            Input::Nothing => ("proc-", None, false),
+            Input::Pipe => ("proc-", None, true),
+            Input::Terminal { cols, rows } => ("pty-", Some(pty_size(cols, rows)?), false),
+        };
+        let tag = match spec.tag.take().filter(|tag| !tag.is_empty()) {
+            Some(tag) => tag,
+            None => auth::random_secret(prefix, 6)?,
+        };
+        spec.tag = Some(tag.clone());
+        let spec = spec.wire()?;
+        let (sandbox, client) = self.running(principal, id, "exec in").await?;
+        let request = hostagent::StartProcessRequest {
+            sandbox_id: sandbox.id.to_string(),
+            process: spec.into(),
+            pty: size.into(),
+            stdin,
+            timeout_sec: 0,
+            ..Default::default()
+        };
+        let events = client.start_process(request).await.map_err(rpc::error)?;
+        self.used(&sandbox).await?;
+        let timeout = self.config.timings.short_rpc;
+        Ok((
+            ProcessStream { events },
+            ProcessHandle {
+                client,
+                sandbox: sandbox.id,
+                selector: Selector::Tag(tag),
+                timeout,
+            },
+        ))
+    }
+
+    /// Follows a process that runs already.
+    pub(crate) async fn connect_process(
+        &self,
+        principal: Principal,
+        id: &str,
+        selector: Selector,
+    ) -> Result<(ProcessStream, ProcessHandle)> {
+        let (sandbox, client) = self.running(principal, id, "exec in").await?;
+        let request = hostagent::ConnectProcessRequest {
+            sandbox_id: sandbox.id.to_string(),
+            process: selector.wire().into(),
+            ..Default::default()
+        };
+        let events = client.connect_process(request).await.map_err(rpc::error)?;
+        self.used(&sandbox).await?;
+        let timeout = self.config.timings.short_rpc;
+        Ok((
+            ProcessStream { events },
+            ProcessHandle {
+                client,
+                sandbox: sandbox.id,
+                selector,
+                timeout,
+            },
+        ))
+    }
+
+    /// Processes that were started through the API and still run.
+    pub(crate) async fn list_processes(
+        &self,
+        principal: Principal,
+        id: &str,
+    ) -> Result<Vec<hostagent::ProcessInfo>> {
+        let (sandbox, client) = self.running(principal, id, "list the processes of").await?;
+        let request = hostagent::ListProcessesRequest {
+            sandbox_id: sandbox.id.to_string(),
+            ..Default::default()
+        };
+        let answer = client
+            .list_processes_with_options(request, self.short())
+            .await
+            .map_err(rpc::error)?;
+        Ok(answer.into_owned().processes)
+    }
+
+    /// Kills a process and its group.
+    pub(crate) async fn kill_process(
+        &self,
+        principal: Principal,
+        id: &str,
+        selector: Selector,
+    ) -> Result<()> {
+        let (sandbox, client) = self.running(principal, id, "kill a process of").await?;
+        let timeout = self.config.timings.short_rpc;
+        ProcessHandle {
+            client,
+            sandbox: sandbox.id,
+            selector,
+            timeout,
+        }
+        .kill()
+        .await
+    }
+}
+
+impl ProcessStream {
+    /// The next event; `None` at the end.
+    pub(crate) async fn next(&mut self) -> Result<Option<ProcessEvent>> {
+        loop {
+            let message: Option<StreamMessage<hostagent::ProcessEvent>> =
+                self.events.message().await.map_err(rpc::error)?;
+            let Some(message) = message else { return Ok(None) };
+            // An event of a newer agent that this version does not know is skipped.
+            let Some(event) = message.to_owned_message().event else {
+                continue;
+            };
+            return Ok(Some(match event {
+                WireEvent::Start(start) => ProcessEvent::Start {
+                    pid: start.pid,
+                    tag: start.tag,
+                },
+                WireEvent::Stdout(data) => ProcessEvent::Stdout(data),
+                WireEvent::Stderr(data) => ProcessEvent::Stderr(data),
+                WireEvent::Pty(data) => ProcessEvent::Pty(data),
+                WireEvent::Exit(exit) => ProcessEvent::Exit {
+                    exit_code: exit.exit_code,
+                },
+                WireEvent::Keepalive(_) => ProcessEvent::KeepAlive,
+            }));
+        }
+    }
+}
+
+impl ProcessHandle {
+    fn options(&self) -> CallOptions {
+        CallOptions::default().with_timeout(self.timeout)
+    }
+
+    /// Kills it and its group.
+    pub(crate) async fn kill(&self) -> Result<()> {
+        let request = hostagent::SignalProcessRequest {
+            sandbox_id: self.sandbox.to_string(),
+            process: self.selector.wire().into(),
+            signal: 9,
+            ..Default::default()
+        };
+        self.client
+            .signal_process_with_options(request, self.options())
+            .await
+            .map_err(rpc::error)
+            .map(drop)
+    }
+
+    fn send_input(&self, data: Vec<u8>, pty: bool, close: bool) -> hostagent::SendInputRequest {
+        hostagent::SendInputRequest {
+            sandbox_id: self.sandbox.to_string(),
+            process: self.selector.wire().into(),
+            data,
+            pty,
+            close,
+            ..Default::default()
+        }
+    }
+
+    /// Types into its terminal.
+    pub(crate) async fn input(&self, data: Vec<u8>) -> Result<()> {
+        let request = self.send_input(data, true, false);
+        self.client
+            .send_input_with_options(request, self.options())
+            .await
+            .map_err(rpc::error)
+            .map(drop)
+    }
+
+    /// Writes to its standard input, for as long as it takes the program to read it.
+    pub(crate) async fn feed(&self, data: Vec<u8>) -> Result<()> {
+        self.client
+            .send_input(self.send_input(data, false, false))
+            .await
+            .map_err(rpc::error)
+            .map(drop)
+    }
+
+    /// Ends its standard input.
+    pub(crate) async fn end_input(&self) -> Result<()> {
+        let request = self.send_input(Vec::new(), false, true);
+        self.client
+            .send_input_with_options(request, self.options())
+            .await
+            .map_err(rpc::error)
+            .map(drop)
+    }
+
+    /// Changes its terminal's size.
+    pub(crate) async fn resize(&self, cols: u32, rows: u32) -> Result<()> {
+        let request = hostagent::ResizePtyRequest {
+            sandbox_id: self.sandbox.to_string(),
+            process: self.selector.wire().into(),
+            size: pty_size(cols, rows)?.into(),
+            ..Default::default()
+        };
+        self.client
+            .resize_pty_with_options(request, self.options())
+            .await
+            .map_err(rpc::error)
+            .map(drop)
+    }
+
+    /// Resets the sandbox's inactivity clock, while somebody is at the terminal.
+    pub(crate) async fn ping(&self) -> Result<()> {
+        let request = hostagent::PingSandboxRequest {
+            sandbox_id: self.sandbox.to_string(),
+            ..Default::default()
+        };
+        self.client
+            .ping_sandbox_with_options(request, self.options())
+            .await
+            .map_err(rpc::error)
+            .map(drop)
+    }
+}
+
+fn pty_size(cols: u32, rows: u32) -> Result<hostagent::PtySize> {
+    validate::within("cols", cols, 1, 10_000)?;
+    validate::within("rows", rows, 1, 10_000)?;
+    Ok(hostagent::PtySize {
+        cols,
+        rows,
+        ..Default::default()
+    })
+}

@@ -1,0 +1,152 @@
+//! Users, teams, memberships and API keys.
+
+use sea_orm::ActiveValue::Set;
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, DbErr, EntityTrait, PaginatorTrait, QueryFilter, TransactionTrait,
+};
+
+use super::Store;
+use super::entity::{api_key, membership, team, user};
+use crate::domain::{KeyId, Millis, Principal, TeamId, UserId, now};
+
+/// How often `last_used` is written at most, in milliseconds.
+const LAST_USED_RESOLUTION: Millis = 60_000;
+
+/// What the first start creates.
+pub(crate) struct NewTeamKey<'a> {
+    pub(crate) email: &'a str,
+    pub(crate) user_name: &'a str,
+    pub(crate) team_name: &'a str,
+    pub(crate) slug: &'a str,
+    pub(crate) key_name: &'a str,
+    pub(crate) key_hash: &'a str,
+    pub(crate) key_prefix: &'a str,
+}
+
+impl Store {
+    /// Whether there is no account yet.
+    pub(crate) async fn has_no_users(&self) -> Result<bool, DbErr> {
+        Ok(user::Entity::find().count(&self.db).await? == 0)
+    }
+
+    /// Creates an admin with a team and a key, all or nothing.
+    pub(crate) async fn create_admin(&self, new: NewTeamKey<'_>) -> Result<(UserId, TeamId, KeyId), DbErr> {
+        let (user, team, key) = (UserId::new(), TeamId::new(), KeyId::new());
+        let now = now();
+        let transaction = self.db.begin().await?;
+        user::ActiveModel {
+            id: Set(user.0),
+            email: Set(new.email.to_owned()),
+            name: Set(new.user_name.to_owned()),
+            password_hash: Set(None),
+            is_admin: Set(true),
+            status: Set("active".to_owned()),
+            created_at: Set(now),
+            updated_at: Set(now),
+        }
+        .insert(&transaction)
+        .await?;
+        team::ActiveModel {
+            id: Set(team.0),
+            name: Set(new.team_name.to_owned()),
+            slug: Set(new.slug.to_owned()),
+            created_at: Set(now),
+            deleted_at: Set(None),
+        }
+        .insert(&transaction)
+        .await?;
+        membership::ActiveModel {
+            user_id: Set(user.0),
+            team_id: Set(team.0),
+            role: Set("owner".to_owned()),
+            is_default: Set(true),
+            created_at: Set(now),
+        }
+        .insert(&transaction)
+        .await?;
+        key_row(key, team, Some(user), &new, now)
+            .insert(&transaction)
+            .await?;
+        transaction.commit().await?;
+        Ok((user, team, key))
+    }
+
+    /// Creates a further team with a key and nobody in it; operators and tests use it.
+    pub(crate) async fn create_team(&self, new: NewTeamKey<'_>) -> Result<(TeamId, KeyId), DbErr> {
+        let (team, key) = (TeamId::new(), KeyId::new());
+        let now = now();
+        let transaction = self.db.begin().await?;
+        team::ActiveModel {
+            id: Set(team.0),
+            name: Set(new.team_name.to_owned()),
+            slug: Set(new.slug.to_owned()),
+            created_at: Set(now),
+            deleted_at: Set(None),
+        }
+        .insert(&transaction)
+        .await?;
+        key_row(key, team, None, &new, now).insert(&transaction).await?;
+        transaction.commit().await?;
+        Ok((team, key))
+    }
+
+    /// Who a key belongs to, by its hash; one query. Keys of deleted teams count as unknown.
+    pub(crate) async fn principal_by_key_hash(
+        &self,
+        key_hash: &str,
+    ) -> Result<Option<(Principal, Millis)>, DbErr> {
+        use sea_orm::sea_query::Query;
+        let live_teams = Query::select()
+            .column(team::Column::Id)
+            .from(team::Entity)
+            .and_where(team::Column::DeletedAt.is_null())
+            .to_owned();
+        let row = api_key::Entity::find()
+            .filter(api_key::Column::KeyHash.eq(key_hash))
+            .filter(api_key::Column::TeamId.in_subquery(live_teams))
+            .one(&self.db)
+            .await?;
+        Ok(row.map(|row| {
+            (
+                Principal {
+                    team: TeamId(row.team_id),
+                    key: KeyId(row.id),
+                },
+                row.last_used.unwrap_or_default(),
+            )
+        }))
+    }
+
+    /// Notes that a key was used, at most once a minute.
+    pub(crate) async fn touch_key(&self, key: KeyId, last_used: Millis) -> Result<(), DbErr> {
+        let now = now();
+        if now - last_used < LAST_USED_RESOLUTION {
+            return Ok(());
+        }
+        api_key::Entity::update_many()
+            .col_expr(api_key::Column::LastUsed, now.into())
+            .filter(api_key::Column::Id.eq(key.0))
+            .exec(&self.db)
+            .await
+            .map(drop)
+    }
+}
+
+fn key_row(
+    key: KeyId,
+    team: TeamId,
+    creator: Option<UserId>,
+    new: &NewTeamKey<'_>,
+    now: Millis,
+) -> api_key::ActiveModel {
+    api_key::ActiveModel {
+        id: Set(key.0),
+        team_id: Set(team.0),
+        name: Set(new.key_name.to_owned()),
+        key_hash: Set(new.key_hash.to_owned()),
+        key_prefix: Set(new.key_prefix.to_owned()),
+        created_by: Set(creator.map(|creator| creator.0)),
+        created_at: Set(now),
+        last_used: Set(None),
+    }
+}

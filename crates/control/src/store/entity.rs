@@ -1,0 +1,170 @@
+//! The tables as rows. Columns are documented in `migration`; meaning lives in `domain`.
+
+macro_rules! table {
+    ($module:ident, $name:literal, { $($body:tt)* }) => {
+        pub(crate) mod $module {
+            use sea_orm::entity::prelude::*;
+
+            #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+            #[sea_orm(table_name = $name)]
+            pub struct Model { $($body)* }
+
+            #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+            pub enum Relation {}
+
+            impl ActiveModelBehavior for ActiveModel {}
+        }
+    };
+}
+
+table!(user, "users", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub email: String,
+    pub name: String,
+    pub password_hash: Option<String>,
+    pub is_admin: bool,
+    pub status: String,
+    pub created_at: i64,
+    pub updated_at: i64,
+});
+
+table!(team, "teams", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub name: String,
+    pub slug: String,
+    pub created_at: i64,
+    pub deleted_at: Option<i64>,
+});
+
+table!(membership, "users_teams", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub user_id: Uuid,
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub team_id: Uuid,
+    pub role: String,
+    pub is_default: bool,
+    pub created_at: i64,
+});
+
+table!(api_key, "team_api_keys", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub team_id: Uuid,
+    pub name: String,
+    pub key_hash: String,
+    pub key_prefix: String,
+    pub created_by: Option<Uuid>,
+    pub created_at: i64,
+    pub last_used: Option<i64>,
+});
+
+table!(host, "hosts", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub status: String,
+    pub arch: String,
+    pub address: String,
+    pub rpc_token: String,
+    pub token_hash: Option<String>,
+    pub token_expires_at: Option<i64>,
+    pub previous_token_hash: Option<String>,
+    pub cpu_cores: i32,
+    pub memory_mb: i64,
+    pub disk_gb: i64,
+    pub memory_available_mb: i64,
+    pub disk_available_mb: i64,
+    pub version: String,
+    pub created_by: Option<Uuid>,
+    pub last_heartbeat_at: Option<i64>,
+    pub created_at: i64,
+    pub updated_at: i64,
+});
+
+table!(host_token, "host_tokens", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub host_id: Uuid,
+    pub token_hash: String,
+    pub created_by: Option<Uuid>,
+    pub created_at: i64,
+    pub expires_at: i64,
+    pub used_at: Option<i64>,
+});
+
+table!(host_refresh_token, "host_refresh_tokens", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub host_id: Uuid,
+    pub token_hash: String,
+    pub created_at: i64,
+    pub expires_at: i64,
+    pub revoked_at: Option<i64>,
+});
+
+table!(template, "templates", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub team_id: Uuid,
+    pub name: String,
+    pub final_name: Option<String>,
+    pub replaces: Option<Uuid>,
+    pub kind: String,
+    pub status: String,
+    pub detail: String,
+    pub progress_pct: i32,
+    pub vcpus: i32,
+    pub memory_mb: i32,
+    pub disk_size_mb: i32,
+    pub size_bytes: i64,
+    pub created_at: i64,
+    pub updated_at: i64,
+});
+
+table!(template_alias, "template_aliases", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub alias: String,
+    pub template_name: String,
+});
+
+table!(template_host, "template_hosts", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub template_id: Uuid,
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub host_id: Uuid,
+    pub status: String,
+    pub detail: String,
+    pub progress_pct: i32,
+    pub size_bytes: i64,
+    pub updated_at: i64,
+});
+
+table!(sandbox, "sandboxes", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub team_id: Uuid,
+    pub host_id: Option<Uuid>,
+    pub template_id: Uuid,
+    pub template_team_id: Uuid,
+    pub template_name: String,
+    pub status: String,
+    pub previous_status: Option<String>,
+    pub generation: i64,
+    pub snapshot_template_id: Option<Uuid>,
+    pub vcpus: i32,
+    pub memory_mb: i32,
+    pub disk_size_mb: i32,
+    pub timeout_sec: i32,
+    pub metadata: String,
+    pub envs: String,
+    pub error_code: Option<String>,
+    pub error_message: Option<String>,
+    pub error_console: Option<String>,
+    pub error_generation: Option<i64>,
+    pub created_at: i64,
+    pub started_at: Option<i64>,
+    pub last_active_at: Option<i64>,
+    pub updated_at: i64,
+    pub status_at: i64,
+});

@@ -1,0 +1,125 @@
+//! The database: one store over SQLite and PostgreSQL, one file per resource.
+//!
+//! Guards are in the SQL: a change of status is an `UPDATE … WHERE id = ? AND status IN (…) AND
+//! generation = ?`, and the caller has to look at its [`Outcome`]. Nothing above this module writes a
+//! query, and nothing in it knows about HTTP or RPC.
+//!
+//! On SQLite a transaction that reads before it writes can fail when another writer comes between, so
+//! transactions here begin with a write (which waits its turn) or consist of writes alone.
+
+mod accounts;
+mod entity;
+mod hosts;
+mod migration;
+mod sandboxes;
+mod templates;
+
+use std::path::Path;
+use std::time::Duration;
+
+use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
+use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbErr, SqlErr};
+use sea_orm_migration::MigratorTrait;
+
+pub(crate) use accounts::NewTeamKey;
+pub(crate) use hosts::HostRegistration;
+pub(crate) use sandboxes::{Change, Guard, SandboxFilter};
+
+/// What became of a conditional update.
+#[must_use = "a stale or missing record has to be handled"]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// Done.
+    Updated,
+    /// The record is there, but no longer as the caller believed.
+    Stale,
+    /// There is no such record.
+    Missing,
+}
+
+/// The database.
+#[derive(Debug, Clone)]
+pub(crate) struct Store {
+    db: DatabaseConnection,
+}
+
+impl Store {
+    /// Opens the database, creates it if need be, and brings its schema up to date.
+    pub(crate) async fn open(url: Option<&str>, data_dir: &Path) -> Result<Self, DbErr> {
+        let options = match url {
+            Some(url) => server(url),
+            None => file(data_dir)?,
+        };
+        let db = Database::connect(options).await?;
+        migration::Migrator::up(&db, None).await?;
+        Ok(Self { db })
+    }
+
+    /// Whether the database answers.
+    pub(crate) async fn ping(&self) -> Result<(), DbErr> {
+        self.db.execute_unprepared("SELECT 1").await.map(drop)
+    }
+
+    /// Closes all connections.
+    pub(crate) async fn close(self) -> Result<(), DbErr> {
+        self.db.close().await
+    }
+}
+
+fn server(url: &str) -> ConnectOptions {
+    let mut options = ConnectOptions::new(url);
+    options
+        .max_connections(20)
+        .acquire_timeout(Duration::from_secs(10))
+        .sqlx_logging(false);
+    options
+}
+
+fn file(data_dir: &Path) -> Result<ConnectOptions, DbErr> {
+    std::fs::create_dir_all(data_dir)
+        .map_err(|error| DbErr::Custom(format!("cannot create {}: {error}", data_dir.display())))?;
+    let path = data_dir.join("control.db");
+    let mut options = ConnectOptions::new("sqlite://control.db?mode=rwc");
+    options
+        .max_connections(8)
+        .acquire_timeout(Duration::from_secs(30))
+        .sqlx_logging(false)
+        .map_sqlx_sqlite_opts(move |sqlite| {
+            sqlite
+                .filename(&path)
+                .create_if_missing(true)
+                .foreign_keys(true)
+                .journal_mode(SqliteJournalMode::Wal)
+                // In WAL mode this survives a crash of the process; only a power cut can lose the last commits.
+                .synchronous(SqliteSynchronous::Normal)
+                .busy_timeout(Duration::from_secs(15))
+        });
+    Ok(options)
+}
+
+/// Whether a write failed because a unique value is taken.
+pub(crate) fn is_duplicate(error: &DbErr) -> bool {
+    matches!(error.sql_err(), Some(SqlErr::UniqueConstraintViolation(_)))
+}
+
+/// A stored word or document that this version does not understand.
+fn corrupt(table: &str, column: &str) -> DbErr {
+    DbErr::Custom(format!(
+        "{table}.{column} holds a value that this version does not know"
+    ))
+}
+
+/// A count or size from a signed column; negative ones (a corrupted row) become zero.
+fn unsigned<T: TryFrom<i64> + Default>(value: impl Into<i64>) -> T {
+    T::try_from(value.into()).unwrap_or_default()
+}
+
+/// A count or size for a signed column; too large ones stop at the column's end.
+fn int(value: u32) -> i32 {
+    i32::try_from(value).unwrap_or(i32::MAX)
+}
+
+/// The same for wide columns.
+fn big(value: u64) -> i64 {
+    i64::try_from(value).unwrap_or(i64::MAX)
+}

@@ -1,0 +1,482 @@
+//! Sandboxes: records, and the conditional updates that move them.
+
+use std::collections::BTreeMap;
+
+use sea_orm::ActiveValue::Set;
+use sea_orm::sea_query::{Expr, ExprTrait};
+use sea_orm::{
+    ActiveModelTrait, ColumnTrait, Condition, DbErr, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
+    QuerySelect,
+};
+
+use super::entity::sandbox::{ActiveModel, Column, Entity, Model};
+use super::{Outcome, Store, big, corrupt, int, unsigned};
+use crate::domain::{Failure, HostId, Millis, Sandbox, SandboxId, SandboxStatus, TeamId, TemplateId, now};
+
+/// What the caller believes about a record; the update happens only if it is so.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Guard {
+    pub(crate) status: SandboxStatus,
+    pub(crate) generation: u64,
+}
+
+impl From<&Sandbox> for Guard {
+    fn from(sandbox: &Sandbox) -> Self {
+        Self {
+            status: sandbox.status,
+            generation: sandbox.generation,
+        }
+    }
+}
+
+/// What an update changes.
+#[derive(Debug, Clone)]
+pub(crate) struct Change {
+    to: SandboxStatus,
+    next_generation: bool,
+    previous: Option<SandboxStatus>,
+    snapshot: Option<TemplateId>,
+    host: Option<HostId>,
+    failure: Option<Failure>,
+    active: bool,
+    started: bool,
+    envs: bool,
+}
+
+impl Change {
+    /// The same decision goes on: the generation stays.
+    pub(crate) fn to(status: SandboxStatus) -> Self {
+        Self {
+            to: status,
+            next_generation: false,
+            previous: None,
+            snapshot: None,
+            host: None,
+            failure: None,
+            active: false,
+            started: false,
+            envs: false,
+        }
+    }
+
+    /// A new decision.
+    pub(crate) fn decide(status: SandboxStatus) -> Self {
+        Self {
+            next_generation: true,
+            ..Self::to(status)
+        }
+    }
+
+    /// Remembers what to return to.
+    pub(crate) fn previous(mut self, previous: Option<SandboxStatus>) -> Self {
+        self.previous = previous;
+        self
+    }
+
+    /// Names the template in the making.
+    pub(crate) fn snapshot(mut self, template: TemplateId) -> Self {
+        self.snapshot = Some(template);
+        self
+    }
+
+    /// Moves it to a host.
+    pub(crate) fn host(mut self, host: HostId) -> Self {
+        self.host = Some(host);
+        self
+    }
+
+    /// Notes why the operation failed.
+    pub(crate) fn failure(mut self, failure: Option<Failure>) -> Self {
+        self.failure = failure;
+        self
+    }
+
+    /// It runs (again): sets the times, and forgets the environment that only a repeated start needs.
+    pub(crate) fn running(mut self) -> Self {
+        self.active = true;
+        self.started = true;
+        self.envs = true;
+        self
+    }
+}
+
+/// What a listing shows.
+#[derive(Debug, Clone)]
+pub(crate) struct SandboxFilter {
+    /// Only these; empty means all but stopped ones.
+    pub(crate) statuses: Vec<SandboxStatus>,
+    /// Stopped ones too.
+    pub(crate) all: bool,
+    /// At most this many.
+    pub(crate) limit: u64,
+    /// Older than this one.
+    pub(crate) before: Option<SandboxId>,
+}
+
+impl Store {
+    /// Adds a record.
+    pub(crate) async fn sandbox_insert(&self, sandbox: &Sandbox) -> Result<(), DbErr> {
+        row(sandbox)?.insert(&self.db).await.map(drop)
+    }
+
+    /// One record, whoever owns it.
+    pub(crate) async fn sandbox(&self, id: SandboxId) -> Result<Option<Sandbox>, DbErr> {
+        Entity::find_by_id(id.0)
+            .one(&self.db)
+            .await?
+            .map(domain)
+            .transpose()
+    }
+
+    /// One record of a team.
+    pub(crate) async fn sandbox_of_team(
+        &self,
+        team: TeamId,
+        id: SandboxId,
+    ) -> Result<Option<Sandbox>, DbErr> {
+        Entity::find_by_id(id.0)
+            .filter(Column::TeamId.eq(team.0))
+            .one(&self.db)
+            .await?
+            .map(domain)
+            .transpose()
+    }
+
+    /// A team's sandboxes, newest first.
+    pub(crate) async fn sandboxes_of_team(
+        &self,
+        team: TeamId,
+        filter: SandboxFilter,
+    ) -> Result<Vec<Sandbox>, DbErr> {
+        let SandboxFilter {
+            statuses,
+            all,
+            limit,
+            before,
+        } = filter;
+        let mut query = Entity::find().filter(Column::TeamId.eq(team.0));
+        if !statuses.is_empty() {
+            query = query.filter(Column::Status.is_in(words(&statuses)));
+        } else if !all {
+            query = query.filter(Column::Status.ne(SandboxStatus::Stopped.as_str()));
+        }
+        if let Some(before) = before {
+            let Some(edge) = self.sandbox_of_team(team, before).await? else {
+                return Ok(Vec::new());
+            };
+            query = query.filter(
+                Condition::any().add(Column::CreatedAt.lt(edge.created_at)).add(
+                    Condition::all()
+                        .add(Column::CreatedAt.eq(edge.created_at))
+                        .add(Column::Id.lt(before.0)),
+                ),
+            );
+        }
+        query
+            .order_by_desc(Column::CreatedAt)
+            .order_by_desc(Column::Id)
+            .limit(limit)
+            .all(&self.db)
+            .await?
+            .into_iter()
+            .map(domain)
+            .collect()
+    }
+
+    /// All sandboxes of a host in these statuses.
+    pub(crate) async fn sandboxes_on_host(
+        &self,
+        host: HostId,
+        statuses: &[SandboxStatus],
+    ) -> Result<Vec<Sandbox>, DbErr> {
+        Entity::find()
+            .filter(Column::HostId.eq(host.0))
+            .filter(Column::Status.is_in(words(statuses)))
+            .all(&self.db)
+            .await?
+            .into_iter()
+            .map(domain)
+            .collect()
+    }
+
+    /// Sandboxes with an operation under way since before `older_than`, oldest first.
+    pub(crate) async fn sandboxes_in_transit(&self, older_than: Millis) -> Result<Vec<Sandbox>, DbErr> {
+        let transient: Vec<_> = SandboxStatus::ALL
+            .into_iter()
+            .filter(|status| status.is_transient())
+            .collect();
+        Entity::find()
+            .filter(Column::Status.is_in(words(&transient)))
+            .filter(Column::StatusAt.lte(older_than))
+            .order_by_asc(Column::StatusAt)
+            .all(&self.db)
+            .await?
+            .into_iter()
+            .map(domain)
+            .collect()
+    }
+
+    /// How many sandboxes are in each status, for the metrics.
+    pub(crate) async fn sandbox_counts(&self) -> Result<BTreeMap<String, i64>, DbErr> {
+        let rows: Vec<(String, i64)> = Entity::find()
+            .select_only()
+            .column(Column::Status)
+            .column_as(Column::Id.count(), "count")
+            .group_by(Column::Status)
+            .into_tuple()
+            .all(&self.db)
+            .await?;
+        Ok(rows.into_iter().collect())
+    }
+
+    /// How many sandboxes that are not stopped came from a template.
+    pub(crate) async fn sandboxes_from_template(&self, template: TemplateId) -> Result<u64, DbErr> {
+        Entity::find()
+            .filter(Column::TemplateId.eq(template.0))
+            .filter(Column::Status.ne(SandboxStatus::Stopped.as_str()))
+            .count(&self.db)
+            .await
+    }
+
+    /// The one way a status changes.
+    pub(crate) async fn sandbox_change(
+        &self,
+        id: SandboxId,
+        guard: Guard,
+        change: Change,
+    ) -> Result<Outcome, DbErr> {
+        let Change {
+            to,
+            next_generation,
+            previous,
+            snapshot,
+            host,
+            failure,
+            active,
+            started,
+            envs,
+        } = change;
+        let now = now();
+        let mut update = Entity::update_many()
+            .col_expr(Column::Status, to.as_str().into())
+            .col_expr(
+                Column::PreviousStatus,
+                Expr::value(previous.map(SandboxStatus::as_str)),
+            )
+            .col_expr(
+                Column::SnapshotTemplateId,
+                Expr::value(snapshot.map(|template| template.0)),
+            )
+            .col_expr(Column::UpdatedAt, now.into())
+            .col_expr(Column::StatusAt, now.into());
+        if next_generation {
+            update = update.col_expr(Column::Generation, Expr::col(Column::Generation).add(1));
+        }
+        if let Some(host) = host {
+            update = update.col_expr(Column::HostId, host.0.into());
+        }
+        if let Some(Failure {
+            code,
+            message,
+            console,
+            generation,
+        }) = failure
+        {
+            update = update
+                .col_expr(Column::ErrorCode, code.into())
+                .col_expr(Column::ErrorMessage, message.into())
+                .col_expr(Column::ErrorConsole, Expr::value(console))
+                .col_expr(Column::ErrorGeneration, big(generation).into());
+        }
+        if active {
+            update = update.col_expr(Column::LastActiveAt, now.into());
+        }
+        if started {
+            let first = Expr::col(Column::StartedAt).if_null(now);
+            update = update.col_expr(Column::StartedAt, first);
+        }
+        if envs {
+            update = update.col_expr(Column::Envs, "{}".into());
+        }
+        let result = update
+            .filter(Column::Id.eq(id.0))
+            .filter(Column::Status.eq(guard.status.as_str()))
+            .filter(Column::Generation.eq(big(guard.generation)))
+            .exec(&self.db)
+            .await?;
+        if result.rows_affected == 1 {
+            return Ok(Outcome::Updated);
+        }
+        let exists = Entity::find_by_id(id.0).count(&self.db).await? > 0;
+        Ok(if exists { Outcome::Stale } else { Outcome::Missing })
+    }
+
+    /// A host fell silent: whatever lived there is out of reach. Returns the ids.
+    pub(crate) async fn sandboxes_go_missing(
+        &self,
+        host: HostId,
+        from: &[SandboxStatus],
+    ) -> Result<Vec<SandboxId>, DbErr> {
+        let mut gone = Vec::new();
+        for sandbox in self.sandboxes_on_host(host, from).await? {
+            let change = Change::to(SandboxStatus::Missing).previous(Some(sandbox.status));
+            if self
+                .sandbox_change(sandbox.id, Guard::from(&sandbox), change)
+                .await?
+                == Outcome::Updated
+            {
+                gone.push(sandbox.id);
+            }
+        }
+        Ok(gone)
+    }
+
+    /// Notes that a sandbox was used.
+    pub(crate) async fn sandbox_touch(&self, id: SandboxId) -> Result<(), DbErr> {
+        let now = now();
+        Entity::update_many()
+            .col_expr(Column::LastActiveAt, now.into())
+            .filter(Column::Id.eq(id.0))
+            .exec(&self.db)
+            .await
+            .map(drop)
+    }
+
+    /// MiB promised to sandboxes that a host does not count yet.
+    pub(crate) async fn memory_on_its_way(&self, host: HostId) -> Result<u64, DbErr> {
+        let rows: Vec<i32> = Entity::find()
+            .select_only()
+            .column(Column::MemoryMb)
+            .filter(Column::HostId.eq(host.0))
+            .filter(Column::Status.is_in(words(&[SandboxStatus::Pending, SandboxStatus::Starting])))
+            .into_tuple()
+            .all(&self.db)
+            .await?;
+        Ok(rows.into_iter().map(unsigned::<u64>).sum())
+    }
+}
+
+fn words(statuses: &[SandboxStatus]) -> Vec<&'static str> {
+    statuses.iter().map(|status| status.as_str()).collect()
+}
+
+fn row(sandbox: &Sandbox) -> Result<ActiveModel, DbErr> {
+    let Sandbox {
+        id,
+        team,
+        host,
+        template,
+        template_team,
+        template_name,
+        status,
+        previous,
+        generation,
+        snapshot,
+        vcpus,
+        memory_mb,
+        disk_size_mb,
+        timeout_sec,
+        metadata,
+        envs,
+        failure,
+        created_at,
+        started_at,
+        last_active_at,
+        updated_at,
+        status_at,
+    } = sandbox.clone();
+    let json = |map: &BTreeMap<String, String>| {
+        serde_json::to_string(map).map_err(|error| DbErr::Json(error.to_string()))
+    };
+    Ok(ActiveModel {
+        id: Set(id.0),
+        team_id: Set(team.0),
+        host_id: Set(host.map(|host| host.0)),
+        template_id: Set(template.0),
+        template_team_id: Set(template_team.0),
+        template_name: Set(template_name),
+        status: Set(status.as_str().to_owned()),
+        previous_status: Set(previous.map(|status| status.as_str().to_owned())),
+        generation: Set(big(generation)),
+        snapshot_template_id: Set(snapshot.map(|template| template.0)),
+        vcpus: Set(int(vcpus)),
+        memory_mb: Set(int(memory_mb)),
+        disk_size_mb: Set(int(disk_size_mb)),
+        timeout_sec: Set(int(timeout_sec)),
+        metadata: Set(json(&metadata)?),
+        envs: Set(json(&envs)?),
+        error_code: Set(failure.as_ref().map(|failure| failure.code.clone())),
+        error_message: Set(failure.as_ref().map(|failure| failure.message.clone())),
+        error_console: Set(failure.as_ref().and_then(|failure| failure.console.clone())),
+        error_generation: Set(failure.as_ref().map(|failure| big(failure.generation))),
+        created_at: Set(created_at),
+        started_at: Set(started_at),
+        last_active_at: Set(last_active_at),
+        updated_at: Set(updated_at),
+        status_at: Set(status_at),
+    })
+}
+
+fn domain(row: Model) -> Result<Sandbox, DbErr> {
+    let Model {
+        id,
+        team_id,
+        host_id,
+        template_id,
+        template_team_id,
+        template_name,
+        status,
+        previous_status,
+        generation,
+        snapshot_template_id,
+        vcpus,
+        memory_mb,
+        disk_size_mb,
+        timeout_sec,
+        metadata,
+        envs,
+        error_code,
+        error_message,
+        error_console,
+        error_generation,
+        created_at,
+        started_at,
+        last_active_at,
+        updated_at,
+        status_at,
+    } = row;
+    let word = |word: String| {
+        word.parse::<SandboxStatus>()
+            .map_err(|_| corrupt("sandboxes", "status"))
+    };
+    let json = |text: &str| serde_json::from_str(text).map_err(|_| corrupt("sandboxes", "metadata"));
+    Ok(Sandbox {
+        id: SandboxId(id),
+        team: TeamId(team_id),
+        host: host_id.map(HostId),
+        template: TemplateId(template_id),
+        template_team: TeamId(template_team_id),
+        template_name,
+        status: word(status)?,
+        previous: previous_status.map(word).transpose()?,
+        generation: unsigned(generation),
+        snapshot: snapshot_template_id.map(TemplateId),
+        vcpus: unsigned(vcpus),
+        memory_mb: unsigned(memory_mb),
+        disk_size_mb: unsigned(disk_size_mb),
+        timeout_sec: unsigned(timeout_sec),
+        metadata: json(&metadata)?,
+        envs: json(&envs)?,
+        failure: error_code.map(|code| Failure {
+            code,
+            message: error_message.unwrap_or_default(),
+            console: error_console,
+            generation: unsigned(error_generation.unwrap_or_default()),
+        }),
+        created_at,
+        started_at,
+        last_active_at,
+        updated_at,
+        status_at,
+    })
+}
