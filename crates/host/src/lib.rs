@@ -1,3 +1,23 @@
-//! The host agent: runs the microVMs of one machine.
+//! The host agent: owns the virtual machines of one machine.
+//!
+//! Start reading at [`HostAgent`]; a sandbox's life is in `manager`, its VM in `vmm`, its template in `template`.
+#![forbid(unsafe_code)]
 
+mod agent;
+mod disk;
+mod error;
+mod guest;
+mod layout;
+mod manager;
+mod memory;
 pub mod net;
+mod register;
+mod rpc;
+mod template;
+pub mod vmm;
+
+pub use agent::{HostAgent, HostConfig, OnExit};
+pub use error::HostError;
+pub use layout::Layout;
+pub use manager::{Capacity, FaultHook, Step};
+pub use template::BuildState;

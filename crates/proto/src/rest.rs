@@ -443,6 +443,9 @@ body! {
     pub struct Heartbeat {
         /// The agent's version.
         pub version: String,
+        /// The agent's address now: it may have changed since the host registered.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub address: Option<String>,
         /// Free memory in MiB that new sandboxes may use.
         pub memory_available_mb: u64,
         /// Free disk in MiB that new sandboxes may use.

@@ -6,12 +6,14 @@ use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr, SocketAddrV4};
 use std::path::Path;
 use std::time::Duration;
 
+use tokio::io::Interest;
 use tokio::net::UdpSocket;
 use tokio::time::timeout;
 
 use super::packet;
 use super::shared::Shared;
 use super::stats::bump;
+use super::udp::take_error;
 use crate::net::DNS_IP;
 
 /// The port of name servers.
@@ -121,7 +123,10 @@ async fn exchange(resolver: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
     socket.connect(resolver).await?;
     socket.send(query).await?;
     loop {
-        socket.readable().await?;
+        let ready = socket.ready(Interest::READABLE | Interest::ERROR).await?;
+        if let Some(error) = take_error(&socket, ready) {
+            return Err(error);
+        }
         match take_answer(&socket, query) {
             Ok(Some(answer)) => return Ok(answer),
             Ok(None) => {}

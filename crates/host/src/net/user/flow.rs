@@ -35,6 +35,10 @@ use crate::net::{GUEST_IP, MTU};
 
 /// How long a flow that nobody holds any more may go without progress before it is reset.
 const ORPHAN_PATIENCE: Duration = Duration::from_secs(30);
+/// The largest receive buffer, and with it the largest window. Beyond this a window is sent in units of
+/// several bytes and rounded down, which takes back some bytes that were promised already; the stack then
+/// cuts them off segments that are on their way, and the connection stalls until they are sent again.
+const MAX_RECEIVE: usize = u16::MAX as usize;
 /// Segments sent for one flow before others get their turn.
 const EGRESS_BUDGET: usize = 256;
 /// The least time before a flow that had nothing to send is asked again.
@@ -78,6 +82,10 @@ pub(super) struct Core {
     blocked: bool,
     /// In the driver's list of flows to service after the present batch of frames.
     dirty: bool,
+    /// The write half is to be closed once everything written has been acknowledged. The stack would take
+    /// a close at once, but while it has both data and FIN to send in LAST-ACK it turns a deaf ear to
+    /// window updates, and a guest that reads slowly would get one byte a second.
+    closing: bool,
     /// Taken out of the flow table; nothing is sent any more.
     finished: bool,
     /// The stack panicked or the link went away: the socket's own state means nothing any more.
@@ -171,6 +179,7 @@ impl Flow {
                 armed: None,
                 blocked: false,
                 dirty: false,
+                closing: false,
                 finished: false,
                 dead: false,
                 orphan: None,
@@ -253,10 +262,9 @@ impl Flow {
         // Data that nobody will read is answered with a reset, so that the guest does not take it as read.
         if socket.can_recv() {
             socket.abort();
-        } else {
-            socket.close();
         }
         let unsent = socket.send_queue();
+        core.closing = true;
         core.orphan = Some(Orphan {
             deadline: Instant::now() + ORPHAN_PATIENCE,
             unsent,
@@ -307,6 +315,13 @@ impl Flow {
         let result = act(core.socket(), dead);
         self.settle(&mut core);
         result
+    }
+
+    /// Closes the write half once everything written has been delivered.
+    pub(super) fn close(&self) {
+        let mut core = self.lock();
+        core.closing = true;
+        self.settle(&mut core);
     }
 
     fn die(&self, core: &mut Core) {
@@ -385,7 +400,9 @@ impl Flow {
                 PollResult::None => {
                     // Nothing sent: there was nothing, or no room for it.
                     let pending = iface.poll_at(now, sockets).is_some_and(|at| at <= now);
-                    return Some(pending && !self.shared.sink.has_room());
+                    if !pending || !self.shared.sink.has_room() {
+                        return Some(pending);
+                    }
                 }
             }
             budget -= 1;

@@ -90,9 +90,9 @@ pub struct Limits {
     pub connect_timeout: Duration,
     /// How long a UDP flow may be silent.
     pub udp_idle: Duration,
-    /// Bytes of each direction's buffer in a TCP connection.
+    /// Bytes of a TCP connection's buffer towards the guest. From the guest, 64 KiB are the most.
     pub buffer: usize,
-    /// Bytes of each direction's buffer while there are many connections.
+    /// Bytes of that buffer while there are many connections.
     pub crowded_buffer: usize,
     /// How many connections are many.
     pub crowd: u64,

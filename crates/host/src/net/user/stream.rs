@@ -164,7 +164,7 @@ impl AsyncWrite for GuestStream {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         if !std::mem::replace(&mut self.write_closed, true) {
-            self.flow.with_socket(|socket, _| socket.close());
+            self.flow.close();
         }
         Poll::Ready(Ok(()))
     }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use smoltcp::wire::Icmpv4DstUnreachable;
+use tokio::io::{Interest, Ready};
 use tokio::net::UdpSocket;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -154,18 +155,23 @@ async fn serve(shared: &Shared, key: UdpKey, mut queue: mpsc::Receiver<Outgoing>
         tokio::select! {
             outgoing = queue.recv() => {
                 let Some(outgoing) = outgoing else { return Ok(()) };
-                match socket.send(&outgoing.packet[outgoing.payload_at..]).await {
-                    Ok(_) => {}
-                    Err(error) => {
-                        // An error of an earlier datagram, as a rule; the guest hears of it and may go on.
-                        packet::unreachable(&shared.sink, reason_of(&error), &outgoing.packet);
-                    }
+                let payload = &outgoing.packet[outgoing.payload_at..];
+                let mut sent = socket.send(payload).await;
+                if sent.is_err() {
+                    // The first error may be the news about an earlier datagram, and then nothing was sent.
+                    sent = socket.send(payload).await;
+                }
+                if let Err(error) = sent {
+                    packet::unreachable(&shared.sink, reason_of(&error), &outgoing.packet);
                 }
                 last_packet = Some(outgoing);
             }
-            ready = socket.readable() => {
-                ready?;
-                if let Err(error) = receive(shared, key, &socket, &mut ident)
+            ready = socket.ready(Interest::READABLE | Interest::ERROR) => {
+                let received = match take_error(&socket, ready?) {
+                    Some(error) => Err(error),
+                    None => receive(shared, key, &socket, &mut ident),
+                };
+                if let Err(error) = received
                     && let Some(last) = &last_packet
                 {
                     packet::unreachable(&shared.sink, reason_of(&error), &last.packet);
@@ -174,6 +180,24 @@ async fn serve(shared: &Shared, key: UdpKey, mut queue: mpsc::Receiver<Outgoing>
             () = deadline.as_mut() => return Ok(()),
         }
         deadline.as_mut().reset(tokio::time::Instant::now() + idle);
+    }
+}
+
+/// The error that a socket's readiness stands for. Such a socket is not readable for it, so that reading
+/// alone would neither return the error nor ever come to an end.
+pub(super) fn take_error(socket: &UdpSocket, ready: Ready) -> Option<io::Error> {
+    if !ready.is_error() {
+        return None;
+    }
+    let taken = socket.try_io(Interest::ERROR, || match socket.take_error()? {
+        Some(error) => Ok(error),
+        // There is no more of it: this clears the readiness.
+        None => Err(io::ErrorKind::WouldBlock.into()),
+    });
+    match taken {
+        Ok(error) => Some(error),
+        Err(error) if error.kind() == io::ErrorKind::WouldBlock => None,
+        Err(error) => Some(error),
     }
 }
 

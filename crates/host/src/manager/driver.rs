@@ -1,0 +1,392 @@
+//! The one task that owns a sandbox. Requests, the inactivity clock and the VM's end all arrive here, one after
+//! the other; nobody else touches the VM or writes the journal. Readers hold a [`View`].
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::sync::{mpsc, oneshot, watch};
+use wrenn_proto::id::{TeamId, TemplateId};
+use wrenn_proto::rest::SandboxStatus;
+
+use super::activity::Activity;
+use super::journal::{Phase, Record};
+use super::metrics::Samples;
+use super::vm::{self, Running};
+use super::{Event, Shared};
+use crate::error::{HostError, IoContext as _, Result};
+use crate::guest::GuestClient;
+use crate::layout::VmDir;
+
+/// How long a pause waits for requests under way in the guest.
+const DRAIN: Duration = Duration::from_secs(2);
+/// How often the guest's use of its machine is sampled.
+const SAMPLE_EVERY: Duration = Duration::from_secs(15);
+
+/// What a sandbox is asked to do. Every answer is the sandbox's view after it.
+#[derive(Debug)]
+pub(crate) enum Request {
+    Pause { generation: u64, reply: Reply },
+    Resume { generation: u64, timeout_sec: u32, reply: Reply },
+    Destroy { generation: u64, reply: Reply },
+    Snapshot { generation: u64, team: TeamId, template: TemplateId, reply: oneshot::Sender<Result<u64>> },
+    Ping { reply: Reply },
+    /// The agent ends: pause (or leave running), then end the task without touching anything further.
+    Retire { pause: bool, reply: oneshot::Sender<()> },
+}
+
+pub(crate) type Reply = oneshot::Sender<Result<View>>;
+
+/// What readers see of a sandbox.
+#[derive(Debug, Clone)]
+pub(crate) struct View {
+    pub(crate) record: Record,
+    pub(crate) state: SandboxStatus,
+}
+
+/// The way to a sandbox's task. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Handle {
+    pub(crate) requests: mpsc::Sender<Request>,
+    pub(crate) view: watch::Receiver<View>,
+    pub(crate) guest: watch::Receiver<Option<GuestClient>>,
+    pub(crate) activity: Arc<Activity>,
+    pub(crate) samples: Arc<Samples>,
+}
+
+enum Life {
+    Running(Box<Running>),
+    Paused,
+    Error,
+}
+
+pub(crate) struct Driver {
+    shared: Arc<Shared>,
+    dir: VmDir,
+    record: Record,
+    life: Life,
+    view: watch::Sender<View>,
+    guest: watch::Sender<Option<GuestClient>>,
+    activity: Arc<Activity>,
+    samples: Arc<Samples>,
+    requests: mpsc::Receiver<Request>,
+}
+
+/// How a sandbox comes under the care of a task.
+pub(crate) enum Origin {
+    /// Just created, or found running.
+    Running(Box<Running>),
+    /// Found paused.
+    Paused,
+    /// Found with its VM lost.
+    Error,
+}
+
+impl Driver {
+    /// Starts the task of a sandbox.
+    pub(crate) fn start(shared: Arc<Shared>, dir: VmDir, record: Record, origin: Origin) -> Handle {
+        let (life, guest, state) = match origin {
+            Origin::Running(running) => {
+                let guest = running.guest.clone();
+                (Life::Running(running), Some(guest), SandboxStatus::Running)
+            }
+            Origin::Paused => (Life::Paused, None, SandboxStatus::Paused),
+            Origin::Error => (Life::Error, None, SandboxStatus::Error),
+        };
+        let (requests_tx, requests) = mpsc::channel(64);
+        let view = watch::Sender::new(View { record: record.clone(), state });
+        let guest = watch::Sender::new(guest);
+        let activity = Arc::new(Activity::new(record.last_active_at_ms));
+        let samples = Arc::new(Samples::default());
+        let handle = Handle {
+            requests: requests_tx,
+            view: view.subscribe(),
+            guest: guest.subscribe(),
+            activity: Arc::clone(&activity),
+            samples: Arc::clone(&samples),
+        };
+        let driver = Self { shared: Arc::clone(&shared), dir, record, life, view, guest, activity, samples, requests };
+        shared.tasks.spawn(driver.run());
+        handle
+    }
+
+    async fn run(mut self) {
+        let mut sample = tokio::time::interval(SAMPLE_EVERY);
+        sample.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            let expiry = self.expiry();
+            tokio::select! {
+                request = self.requests.recv() => match request {
+                    Some(request) => if self.serve(request).await.is_break() { return },
+                    None => return,
+                },
+                exit = vm_exit(&mut self.life) => self.vm_died(&exit),
+                () = sleep_until(expiry) => self.expire().await,
+                _ = sample.tick() => self.sample(),
+            }
+        }
+    }
+
+    fn publish(&self, state: SandboxStatus) {
+        self.view.send_replace(View { record: self.record.clone(), state });
+    }
+
+    fn settled(&self) -> SandboxStatus {
+        match self.life {
+            Life::Running(_) => SandboxStatus::Running,
+            Life::Paused => SandboxStatus::Paused,
+            Life::Error => SandboxStatus::Error,
+        }
+    }
+
+    fn current(&self) -> View {
+        View { record: self.record.clone(), state: self.settled() }
+    }
+
+    /// Refuses a decision older than one already acted on; otherwise remembers it.
+    fn accept(&mut self, generation: u64) -> Result<()> {
+        if generation < self.record.generation {
+            return Err(HostError::Stale { got: generation, seen: self.record.generation });
+        }
+        self.record.generation = generation;
+        Ok(())
+    }
+
+    async fn serve(&mut self, request: Request) -> std::ops::ControlFlow<()> {
+        match request {
+            Request::Ping { reply } => {
+                self.activity.touch();
+                self.record.last_active_at_ms = self.activity.last_ms();
+                self.publish(self.settled());
+                let _ = reply.send(Ok(self.current()));
+            }
+            Request::Pause { generation, reply } => {
+                let outcome = match self.accept(generation) {
+                    Ok(()) => self.pause().await,
+                    Err(error) => Err(error),
+                };
+                let _ = reply.send(outcome.map(|()| self.current()));
+            }
+            Request::Resume { generation, timeout_sec, reply } => {
+                let outcome = match self.accept(generation) {
+                    Ok(()) => self.resume(timeout_sec).await,
+                    Err(error) => Err(error),
+                };
+                let _ = reply.send(outcome.map(|()| self.current()));
+            }
+            Request::Snapshot { generation, team, template, reply } => {
+                let outcome = match self.accept(generation) {
+                    Ok(()) => self.snapshot(team, template).await,
+                    Err(error) => Err(error),
+                };
+                let _ = reply.send(outcome);
+            }
+            Request::Destroy { generation, reply } => match self.accept(generation) {
+                Err(error) => {
+                    let _ = reply.send(Err(error));
+                }
+                Ok(()) => {
+                    let outcome = self.destroy().await;
+                    let gone = outcome.is_ok();
+                    let _ = reply.send(outcome.map(|()| self.current()));
+                    if gone {
+                        return std::ops::ControlFlow::Break(());
+                    }
+                }
+            },
+            Request::Retire { pause, reply } => {
+                if pause && matches!(self.life, Life::Running(_)) {
+                    match self.pause().await {
+                        Ok(()) => self.tell("shutdown"),
+                        Err(error) => tracing::error!(
+                            sandbox = %self.record.id,
+                            error = &error as &dyn std::error::Error,
+                            "cannot pause at shutdown; it is left running"
+                        ),
+                    }
+                }
+                let _ = reply.send(());
+                return std::ops::ControlFlow::Break(());
+            }
+        }
+        std::ops::ControlFlow::Continue(())
+    }
+
+    async fn pause(&mut self) -> Result<()> {
+        let Life::Running(running) = &mut self.life else {
+            return match self.life {
+                // Asked for twice: it is as wanted.
+                Life::Paused => Ok(()),
+                _ => Err(HostError::WrongState { state: "error", wanted: "running" }),
+            };
+        };
+        self.view.send_replace(View { record: self.record.clone(), state: SandboxStatus::Pausing });
+        // No new requests reach the guest; those under way get a moment.
+        let guest = self.guest.send_replace(None);
+        let _ = tokio::time::timeout(DRAIN, self.activity.drained()).await;
+        self.record.last_active_at_ms = self.activity.last_ms();
+        let started = std::time::Instant::now();
+        let outcome = vm::save(&self.shared, &self.dir, &mut self.record, running).await;
+        match outcome {
+            Ok(saved) => {
+                running.vm.kill().await;
+                self.life = Life::Paused;
+                tracing::info!(
+                    sandbox = %self.record.id,
+                    pages = saved.pages,
+                    bytes = saved.bytes,
+                    millis = started.elapsed().as_millis() as u64,
+                    "paused"
+                );
+                self.publish(SandboxStatus::Paused);
+                Ok(())
+            }
+            Err(error) => {
+                // The undo inside let the guest go on.
+                self.guest.send_replace(guest);
+                self.publish(SandboxStatus::Running);
+                Err(error)
+            }
+        }
+    }
+
+    async fn resume(&mut self, timeout_sec: u32) -> Result<()> {
+        match self.life {
+            Life::Running(_) => return Ok(()),
+            Life::Error => return Err(HostError::WrongState { state: "error", wanted: "paused" }),
+            Life::Paused => {}
+        }
+        self.publish(SandboxStatus::Resuming);
+        self.record.timeout_sec = timeout_sec;
+        match vm::resume(&self.shared, &self.dir, &mut self.record).await {
+            Ok(running) => {
+                self.activity.touch();
+                self.record.last_active_at_ms = self.activity.last_ms();
+                self.guest.send_replace(Some(running.guest.clone()));
+                self.life = Life::Running(Box::new(running));
+                self.publish(SandboxStatus::Running);
+                Ok(())
+            }
+            Err(error) => {
+                if let Phase::Error { .. } = self.record.phase {
+                    self.life = Life::Error;
+                }
+                self.publish(self.settled());
+                Err(error)
+            }
+        }
+    }
+
+    async fn snapshot(&mut self, team: TeamId, template: TemplateId) -> Result<u64> {
+        let running = match &mut self.life {
+            Life::Running(running) => Some(running.as_mut()),
+            Life::Paused => None,
+            Life::Error => return Err(HostError::WrongState { state: "error", wanted: "running or paused" }),
+        };
+        self.view.send_replace(View { record: self.record.clone(), state: SandboxStatus::Snapshotting });
+        let outcome = vm::snapshot(&self.shared, &self.dir, &self.record, running, team, template).await;
+        self.publish(self.settled());
+        outcome
+    }
+
+    async fn destroy(&mut self) -> Result<()> {
+        self.publish(SandboxStatus::Stopping);
+        self.guest.send_replace(None);
+        if let Life::Running(running) = &mut self.life {
+            running.vm.kill().await;
+        }
+        self.life = Life::Paused;
+        // Moved first, so that a folder is either whole or not there.
+        let grave = self.shared.layout.tmp().join(format!("destroyed-{}", uuid::Uuid::new_v4().simple()));
+        std::fs::rename(self.dir.path(), &grave).at("remove", self.dir.path())?;
+        self.publish(SandboxStatus::Stopped);
+        self.shared.forget(self.record.id);
+        if let Err(error) = std::fs::remove_dir_all(&grave) {
+            tracing::warn!(path = %grave.display(), %error, "cannot remove a destroyed sandbox's files; the next start will");
+        }
+        self.shared.collect_images();
+        Ok(())
+    }
+
+    fn vm_died(&mut self, exit: &crate::vmm::process::Exit) {
+        let Life::Running(running) = &mut self.life else { return };
+        let said = std::fs::read_to_string(self.dir.vmm_log()).unwrap_or_default();
+        let said = crate::vmm::qemu::tail(said.trim(), 600);
+        let message = if said.is_empty() {
+            format!("the virtual machine ended unexpectedly ({exit})")
+        } else {
+            format!("the virtual machine ended unexpectedly ({exit}): {said}")
+        };
+        let console = running.console.tail();
+        tracing::warn!(sandbox = %self.record.id, %exit, "a VM died");
+        running.vm.forget_cgroup();
+        self.guest.send_replace(None);
+        self.record.phase = Phase::Error { message, console };
+        self.life = Life::Error;
+        if let Err(error) = self.record.write(&self.dir) {
+            tracing::error!(sandbox = %self.record.id, error = &error as &dyn std::error::Error, "journal");
+        }
+        self.publish(SandboxStatus::Error);
+        self.tell("vmm_exited");
+    }
+
+    /// Tells the control plane what happened by itself.
+    fn tell(&self, reason: &'static str) {
+        self.shared.emit(Event { view: self.current(), reason });
+    }
+
+    /// When the sandbox has been idle long enough.
+    fn expiry(&self) -> Option<tokio::time::Instant> {
+        let Life::Running(_) = self.life else { return None };
+        if self.record.timeout_sec == 0 {
+            return None;
+        }
+        Some(self.activity.idle_since() + Duration::from_secs(u64::from(self.record.timeout_sec)))
+    }
+
+    async fn expire(&mut self) {
+        // It may have been used since the clock was set.
+        if self.expiry().is_none_or(|expiry| expiry > tokio::time::Instant::now()) {
+            return;
+        }
+        if self.activity.busy() {
+            self.activity.touch();
+            return;
+        }
+        tracing::info!(sandbox = %self.record.id, timeout_sec = self.record.timeout_sec, "idle; pausing");
+        match self.pause().await {
+            Ok(()) => self.tell("ttl_expired"),
+            Err(error) => {
+                tracing::error!(
+                    sandbox = %self.record.id,
+                    error = &error as &dyn std::error::Error,
+                    "cannot pause an idle sandbox; trying again after another idle time"
+                );
+                self.activity.touch();
+            }
+        }
+    }
+
+    fn sample(&self) {
+        let Life::Running(running) = &self.life else { return };
+        let (guest, samples) = (running.guest.clone(), Arc::clone(&self.samples));
+        self.shared.tasks.spawn(async move {
+            if let Ok(Ok(metrics)) = tokio::time::timeout(Duration::from_secs(5), guest.metrics()).await {
+                samples.push(&metrics);
+            }
+        });
+    }
+}
+
+async fn vm_exit(life: &mut Life) -> crate::vmm::process::Exit {
+    match life {
+        Life::Running(running) => running.vm.exited().await,
+        Life::Paused | Life::Error => std::future::pending().await,
+    }
+}
+
+async fn sleep_until(instant: Option<tokio::time::Instant>) {
+    match instant {
+        Some(instant) => tokio::time::sleep_until(instant).await,
+        None => std::future::pending().await,
+    }
+}

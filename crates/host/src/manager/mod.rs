@@ -1,0 +1,461 @@
+//! All sandboxes of this host. One task per sandbox owns it ([`driver`]); this module creates them, finds them again
+//! after a restart, and answers for what they have in common: capacity, templates, events.
+
+pub(crate) mod activity;
+pub(crate) mod console;
+mod driver;
+pub(crate) mod journal;
+mod metrics;
+mod recover;
+pub(crate) mod slots;
+mod vm;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::sync::{mpsc, oneshot};
+use tokio_util::task::TaskTracker;
+use wrenn_proto::id::{SandboxId, TeamId, TemplateId};
+use wrenn_proto::rest::SandboxStatus;
+
+use crate::error::{HostError, IoContext as _, Result};
+use crate::guest::GuestClient;
+use crate::layout::{Layout, VmDir};
+use crate::net::EgressPolicy;
+use crate::template::TemplateStore;
+use crate::vmm::Shape;
+use crate::vmm::qemu::Qemu;
+use activity::{UnderWay, now_ms};
+use driver::{Driver, Handle, Origin, Request};
+pub(crate) use driver::View;
+use journal::{Phase, Record};
+use slots::Slots;
+pub(crate) use vm::{link, random};
+
+/// A step at which a test can make an operation fail, to see that nothing is left behind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Step {
+    /// Taking a place for the VM.
+    Slot,
+    /// Making the disk overlay.
+    Disk,
+    /// Writing the journal for the first time.
+    Journal,
+    /// Starting the VMM's process.
+    Launch,
+    /// Loading memory and device state.
+    Restore,
+    /// Connecting the guest's network.
+    Network,
+    /// Letting the guest run.
+    Run,
+    /// Making the guest a sandbox of its own.
+    Greet,
+    /// Telling the world that it runs.
+    Finish,
+    /// Writing memory and device state.
+    Save,
+    /// Telling the world that it is paused.
+    SaveFinish,
+    /// Putting a snapshot's files together.
+    SnapshotFinish,
+}
+
+impl Step {
+    /// The steps of a create, in order.
+    pub const CREATE: [Self; 9] = [
+        Self::Slot,
+        Self::Disk,
+        Self::Journal,
+        Self::Launch,
+        Self::Restore,
+        Self::Network,
+        Self::Run,
+        Self::Greet,
+        Self::Finish,
+    ];
+}
+
+/// Decides whether a step fails. Tests only.
+pub type FaultHook = Arc<dyn Fn(Step) -> std::result::Result<(), String> + Send + Sync>;
+
+/// A change that nobody asked for, on its way to the control plane.
+#[derive(Debug, Clone)]
+pub(crate) struct Event {
+    pub(crate) view: View,
+    /// `ttl_expired`, `vmm_exited`, `adopted` or `shutdown`.
+    pub(crate) reason: &'static str,
+}
+
+/// What this host may use.
+#[derive(Debug, Clone, Copy)]
+pub struct Capacity {
+    /// Sum of the guests' memory in MiB that may be promised; memory is shared, so this may exceed what there is.
+    pub memory_mb: u64,
+    /// A create is refused when less than this is free, in MiB.
+    pub min_free_memory_mb: u64,
+    /// A create is refused when less than this is free on the data directory's disk, in MiB.
+    pub min_free_disk_mb: u64,
+    /// Virtual machines at one time.
+    pub max_vms: u32,
+}
+
+/// What the tasks of all sandboxes share.
+pub(crate) struct Shared {
+    pub(crate) layout: Layout,
+    pub(crate) qemu: Arc<Qemu>,
+    pub(crate) templates: Arc<TemplateStore>,
+    pub(crate) slots: Arc<Slots>,
+    pub(crate) policy: EgressPolicy,
+    pub(crate) capacity: Capacity,
+    pub(crate) tasks: TaskTracker,
+    fault: Option<FaultHook>,
+    events: mpsc::UnboundedSender<Event>,
+    sandboxes: Mutex<HashMap<SandboxId, Entry>>,
+}
+
+enum Entry {
+    /// Being created: the id is taken, there is nothing to talk to yet.
+    Starting(Box<Record>),
+    Live(Handle),
+}
+
+impl Shared {
+    /// A place where a test can break an operation.
+    pub(crate) fn step(&self, step: Step) -> Result<()> {
+        match &self.fault {
+            Some(fault) => fault(step).map_err(|what| HostError::Vmm(format!("fault at {step:?}: {what}"))),
+            None => Ok(()),
+        }
+    }
+
+    pub(crate) fn emit(&self, event: Event) {
+        // Nobody listens only while the agent ends.
+        let _ = self.events.send(event);
+    }
+
+    fn sandboxes(&self) -> std::sync::MutexGuard<'_, HashMap<SandboxId, Entry>> {
+        self.sandboxes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn forget(&self, id: SandboxId) {
+        self.sandboxes().remove(&id);
+    }
+
+    /// Removes images that were deleted while sandboxes stood on them.
+    pub(crate) fn collect_images(self: &Arc<Self>) {
+        let shared = Arc::clone(self);
+        self.tasks.spawn_blocking(move || shared.templates.collect(&shared.images_in_use()));
+    }
+
+    fn images_in_use(&self) -> Vec<PathBuf> {
+        self.sandboxes()
+            .values()
+            .map(|entry| match entry {
+                Entry::Starting(record) => record.image.clone(),
+                Entry::Live(handle) => handle.view.borrow().record.image.clone(),
+            })
+            .collect()
+    }
+
+    /// Refuses before anything starts what would not fit.
+    pub(crate) fn check_memory(&self, shape: Shape) -> Result<()> {
+        let promised: u64 = self
+            .sandboxes()
+            .values()
+            .map(|entry| match entry {
+                Entry::Starting(record) => u64::from(record.shape.memory_mb),
+                Entry::Live(handle) => {
+                    let view = handle.view.borrow();
+                    match view.record.phase {
+                        Phase::Running { .. } => u64::from(view.record.shape.memory_mb),
+                        _ => 0,
+                    }
+                }
+            })
+            .sum();
+        if promised + u64::from(shape.memory_mb) > self.capacity.memory_mb {
+            return Err(HostError::NoCapacity(format!(
+                "{} MiB asked for, {promised} of {} MiB promised to running sandboxes",
+                shape.memory_mb, self.capacity.memory_mb
+            )));
+        }
+        let free = available_memory_mb();
+        if free < self.capacity.min_free_memory_mb {
+            return Err(HostError::NoCapacity(format!("only {free} MiB of memory are free on the host")));
+        }
+        Ok(())
+    }
+
+    fn check_disk(&self) -> Result<()> {
+        let free = available_disk_mb(&self.layout);
+        if free < self.capacity.min_free_disk_mb {
+            return Err(HostError::NoCapacity(format!("only {free} MiB of disk are free on the host")));
+        }
+        Ok(())
+    }
+}
+
+/// `MemAvailable` in MiB.
+pub(crate) fn available_memory_mb() -> u64 {
+    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    text.lines()
+        .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
+        .map_or(0, |kib| kib / 1024)
+}
+
+/// Free space for the agent's user below the data directory, in MiB.
+pub(crate) fn available_disk_mb(layout: &Layout) -> u64 {
+    rustix::fs::statvfs(layout.data()).map_or(0, |stat| stat.f_bavail.saturating_mul(stat.f_frsize) >> 20)
+}
+
+/// A create request in the manager's terms.
+pub(crate) struct CreateSpec {
+    pub(crate) id: SandboxId,
+    pub(crate) team: TeamId,
+    pub(crate) generation: u64,
+    pub(crate) template_team: TeamId,
+    pub(crate) template: TemplateId,
+    pub(crate) shape: Shape,
+    pub(crate) disk_mb: u32,
+    pub(crate) timeout_sec: u32,
+    pub(crate) envs: BTreeMap<String, String>,
+}
+
+/// The sandboxes of this host. Cheap to clone.
+#[derive(Clone)]
+pub(crate) struct Manager {
+    pub(crate) shared: Arc<Shared>,
+}
+
+impl Manager {
+    pub(crate) fn new(
+        layout: Layout,
+        qemu: Arc<Qemu>,
+        templates: Arc<TemplateStore>,
+        slots: Arc<Slots>,
+        policy: EgressPolicy,
+        capacity: Capacity,
+        fault: Option<FaultHook>,
+    ) -> (Self, mpsc::UnboundedReceiver<Event>) {
+        let (events, receiver) = mpsc::unbounded_channel();
+        let shared = Arc::new(Shared {
+            layout,
+            qemu,
+            templates,
+            slots,
+            policy,
+            capacity,
+            tasks: TaskTracker::new(),
+            fault,
+            events,
+            sandboxes: Mutex::new(HashMap::new()),
+        });
+        (Self { shared }, receiver)
+    }
+
+    /// Creates a sandbox. After an error nothing of it is left.
+    pub(crate) async fn create(&self, spec: CreateSpec) -> Result<View> {
+        let shared = &self.shared;
+        if let Some(entry) = shared.sandboxes().get(&spec.id) {
+            return match entry {
+                Entry::Live(handle) => Ok(handle.view.borrow().clone()),
+                Entry::Starting(_) => Err(HostError::WrongState { state: "starting", wanted: "absent" }),
+            };
+        }
+        shared.check_memory(spec.shape)?;
+        shared.check_disk()?;
+        let image = shared.templates.image(spec.template_team, spec.template, spec.shape).await?;
+        if spec.disk_mb < image.manifest.disk_mb {
+            return Err(HostError::InvalidArgument {
+                field: "disk_size_mb",
+                message: format!("the template's disk has {} MiB and cannot shrink", image.manifest.disk_mb),
+            });
+        }
+        let now = now_ms();
+        let mut record = Record {
+            id: spec.id,
+            team: spec.team,
+            template: spec.template,
+            generation: spec.generation,
+            image: shared.templates.relative(&image),
+            shape: spec.shape,
+            disk_mb: spec.disk_mb,
+            timeout_sec: spec.timeout_sec,
+            created_at_ms: now,
+            last_active_at_ms: now,
+            token: hex::encode(vm::random::<32>()?),
+            envs: spec.envs,
+            phase: Phase::Starting,
+        };
+        {
+            let mut sandboxes = shared.sandboxes();
+            if sandboxes.contains_key(&spec.id) {
+                return Err(HostError::WrongState { state: "starting", wanted: "absent" });
+            }
+            sandboxes.insert(spec.id, Entry::Starting(Box::new(record.clone())));
+        }
+        // A task of its own: a caller that hangs up half-way must not leave half a sandbox.
+        let manager = self.clone();
+        let work = shared.tasks.spawn(async move {
+            let dir = VmDir::new(manager.shared.layout.sandboxes().join(record.id.to_string()));
+            let outcome = manager.build(&dir, &mut record, image).await;
+            match outcome {
+                Ok(running) => {
+                    let origin = Origin::Running(Box::new(running));
+                    let id = record.id;
+                    let handle = Driver::start(Arc::clone(&manager.shared), dir, record, origin);
+                    let view = handle.view.borrow().clone();
+                    manager.shared.sandboxes().insert(id, Entry::Live(handle));
+                    Ok(view)
+                }
+                Err(error) => {
+                    if let Err(error) = std::fs::remove_dir_all(dir.path())
+                        && error.kind() != std::io::ErrorKind::NotFound
+                    {
+                        tracing::error!(dir = %dir.path().display(), %error, "cannot remove a failed sandbox's files");
+                    }
+                    manager.shared.forget(record.id);
+                    Err(error)
+                }
+            }
+        });
+        work.await.map_err(|error| HostError::Vmm(format!("creating it failed: {error}")))?
+    }
+
+    async fn build(&self, dir: &VmDir, record: &mut Record, image: crate::template::Image) -> Result<vm::Running> {
+        std::fs::create_dir(dir.path()).at("create", dir.path())?;
+        vm::create(&self.shared, dir, record, image).await
+    }
+
+    fn handle(&self, id: SandboxId) -> Result<Handle> {
+        match self.shared.sandboxes().get(&id) {
+            Some(Entry::Live(handle)) => Ok(handle.clone()),
+            Some(Entry::Starting(_)) => Err(HostError::WrongState { state: "starting", wanted: "running" }),
+            None => Err(HostError::NotFound { what: "sandbox", id: id.to_string() }),
+        }
+    }
+
+    async fn ask<T>(&self, id: SandboxId, request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request) -> Result<T> {
+        let handle = self.handle(id)?;
+        let (reply, answer) = oneshot::channel();
+        let gone = || HostError::NotFound { what: "sandbox", id: id.to_string() };
+        handle.requests.send(request(reply)).await.map_err(|_| gone())?;
+        answer.await.map_err(|_| gone())?
+    }
+
+    pub(crate) async fn pause(&self, id: SandboxId, generation: u64) -> Result<View> {
+        self.ask(id, |reply| Request::Pause { generation, reply }).await
+    }
+
+    pub(crate) async fn resume(&self, id: SandboxId, generation: u64, timeout_sec: u32) -> Result<View> {
+        self.ask(id, |reply| Request::Resume { generation, timeout_sec, reply }).await
+    }
+
+    pub(crate) async fn ping(&self, id: SandboxId) -> Result<View> {
+        self.ask(id, |reply| Request::Ping { reply }).await
+    }
+
+    /// Destroys a sandbox in whatever state it is. Absent is as wanted.
+    pub(crate) async fn destroy(&self, id: SandboxId, generation: u64) -> Result<()> {
+        match self.ask(id, |reply| Request::Destroy { generation, reply }).await {
+            Ok(_) | Err(HostError::NotFound { .. }) => Ok(()),
+            Err(error) => Err(error),
+        }
+    }
+
+    pub(crate) async fn snapshot(
+        &self,
+        id: SandboxId,
+        generation: u64,
+        team: TeamId,
+        template: TemplateId,
+    ) -> Result<(u64, View)> {
+        self.shared.check_disk()?;
+        let size = self.ask(id, |reply| Request::Snapshot { generation, team, template, reply }).await?;
+        Ok((size, self.get(id)?))
+    }
+
+    pub(crate) fn delete_template(&self, team: TeamId, template: TemplateId) -> Result<()> {
+        self.shared.templates.delete(team, template)?;
+        self.shared.collect_images();
+        Ok(())
+    }
+
+    pub(crate) fn get(&self, id: SandboxId) -> Result<View> {
+        match self.shared.sandboxes().get(&id) {
+            Some(entry) => Ok(entry.view()),
+            None => Err(HostError::NotFound { what: "sandbox", id: id.to_string() }),
+        }
+    }
+
+    pub(crate) fn list(&self) -> Vec<View> {
+        self.shared.sandboxes().values().map(Entry::view).collect()
+    }
+
+    pub(crate) fn samples(&self, id: SandboxId, since_ms: i64) -> Result<Vec<wrenn_proto::hostagent::MetricsPoint>> {
+        Ok(self.handle(id)?.samples.since(since_ms))
+    }
+
+    /// The way into a running guest, and a token that keeps the sandbox from counting as idle.
+    pub(crate) fn guest(&self, id: SandboxId) -> Result<(GuestClient, UnderWay, Handle)> {
+        let handle = self.handle(id)?;
+        let under_way = handle.activity.begin();
+        let guest = handle.guest.borrow().clone().ok_or_else(|| HostError::WrongState {
+            state: handle.view.borrow().state.as_str(),
+            wanted: "running",
+        })?;
+        Ok((guest, under_way, handle))
+    }
+
+    /// Ends all tasks; running sandboxes are paused first, or left running to be found by the next agent.
+    pub(crate) async fn retire(&self, pause: bool, told: impl Fn(usize, usize)) {
+        let handles: Vec<Handle> = self
+            .shared
+            .sandboxes()
+            .values()
+            .filter_map(|entry| match entry {
+                Entry::Live(handle) => Some(handle.clone()),
+                Entry::Starting(_) => None,
+            })
+            .collect();
+        let running = handles.iter().filter(|handle| handle.view.borrow().state == SandboxStatus::Running).count();
+        told(0, running);
+        let mut done = 0;
+        // A few at a time: each writes its memory to the same disk.
+        let mut waiting = tokio::task::JoinSet::new();
+        for handle in handles {
+            if waiting.len() >= 2 && waiting.join_next().await.is_some_and(|was| was.unwrap_or(false)) {
+                done += 1;
+                told(done, running);
+            }
+            let was_running = handle.view.borrow().state == SandboxStatus::Running;
+            waiting.spawn(async move {
+                let (reply, answer) = oneshot::channel();
+                if handle.requests.send(Request::Retire { pause, reply }).await.is_ok() {
+                    let _ = answer.await;
+                }
+                was_running
+            });
+        }
+        while let Some(was) = waiting.join_next().await {
+            if was.unwrap_or(false) {
+                done += 1;
+                told(done, running);
+            }
+        }
+        self.shared.tasks.close();
+        self.shared.tasks.wait().await;
+    }
+}
+
+impl Entry {
+    fn view(&self) -> View {
+        match self {
+            Self::Starting(record) => View { record: (**record).clone(), state: SandboxStatus::Starting },
+            Self::Live(handle) => handle.view.borrow().clone(),
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! What a starting agent does about what an earlier one left: running VMs are taken over, saved ones remembered,
+//! half-made ones removed, and processes that belong to none of these are ended.
+
+use std::collections::HashSet;
+use std::path::Path;
+use std::sync::Arc;
+
+use super::driver::{Driver, Origin};
+use super::journal::{Phase, Record};
+use super::{Entry, Event, Manager, vm};
+use crate::error::{IoContext as _, Result};
+use crate::layout::VmDir;
+use crate::vmm::process::{ProcessId, VmmProcess};
+
+impl Manager {
+    /// Brings the sandboxes of an earlier agent back under care. Call once, before serving.
+    pub(crate) async fn recover(&self) -> Result<()> {
+        let shared = &self.shared;
+        let sandboxes = shared.layout.sandboxes();
+        let mut found = Vec::new();
+        for entry in std::fs::read_dir(&sandboxes).at("list", &sandboxes)? {
+            let dir = VmDir::new(entry.at("list", &sandboxes)?.path());
+            match Record::read(&dir) {
+                Ok(record) if record.phase != Phase::Starting => found.push((dir, record)),
+                // Nobody was told that it runs; or it was killed before its first journal.
+                Ok(_) | Err(_) => self.sweep(&dir),
+            }
+        }
+        let keep: HashSet<ProcessId> = found
+            .iter()
+            .filter_map(|(_, record)| match record.phase {
+                Phase::Running { process, .. } => Some(process),
+                _ => None,
+            })
+            .collect();
+        end_strays(shared.layout.data(), &keep).await;
+        let mut counts = (0, 0, 0);
+        for (dir, mut record) in found {
+            let (origin, reason) = match record.phase.clone() {
+                Phase::Running { process, slot } => match self.adopt(&dir, &record, process, slot).await {
+                    Ok(running) => {
+                        counts.0 += 1;
+                        (Origin::Running(Box::new(running)), Some("adopted"))
+                    }
+                    Err(error) => {
+                        record.phase = Phase::Error { message: error.to_string(), console: String::new() };
+                        record.write(&dir)?;
+                        counts.2 += 1;
+                        (Origin::Error, Some("vmm_exited"))
+                    }
+                },
+                Phase::Error { .. } => {
+                    counts.2 += 1;
+                    (Origin::Error, None)
+                }
+                Phase::Paused | Phase::Starting => {
+                    counts.1 += 1;
+                    (Origin::Paused, None)
+                }
+            };
+            let id = record.id;
+            let handle = Driver::start(Arc::clone(shared), dir, record, origin);
+            if let Some(reason) = reason {
+                shared.emit(Event { view: handle.view.borrow().clone(), reason });
+            }
+            shared.sandboxes().insert(id, Entry::Live(handle));
+        }
+        // After the processes that may have worked there.
+        let tmp = shared.layout.tmp();
+        for entry in std::fs::read_dir(&tmp).at("list", &tmp)?.flatten() {
+            let path = entry.path();
+            let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+            if let Err(error) = removed {
+                tracing::warn!(path = %path.display(), %error, "cannot remove unfinished work of an earlier run");
+            }
+        }
+        shared.collect_images();
+        if counts != (0, 0, 0) {
+            tracing::info!(running = counts.0, paused = counts.1, lost = counts.2, "found the sandboxes of an earlier run");
+        }
+        Ok(())
+    }
+
+    async fn adopt(&self, dir: &VmDir, record: &Record, process: ProcessId, slot: u32) -> Result<vm::Running> {
+        let slot = self.shared.slots.take_exactly(slot).ok_or_else(|| {
+            crate::error::HostError::Vmm("its place is another sandbox's".to_owned())
+        })?;
+        vm::adopt(&self.shared, dir, record, process, slot).await
+    }
+
+    fn sweep(&self, dir: &VmDir) {
+        let grave = self.shared.layout.tmp().join(format!("swept-{}", uuid::Uuid::new_v4().simple()));
+        if let Err(error) = std::fs::rename(dir.path(), &grave) {
+            tracing::warn!(dir = %dir.path().display(), %error, "cannot remove a half-made sandbox");
+        }
+        if let Some(name) = dir.path().file_name().and_then(|name| name.to_str()) {
+            self.shared.qemu.cgroup.remove(name);
+        }
+    }
+}
+
+/// Kills VMM processes that work in this agent's folders without a journal that names them: those started
+/// right before an earlier agent was killed.
+async fn end_strays(data: &Path, keep: &HashSet<ProcessId>) {
+    let Ok(processes) = std::fs::read_dir("/proc") else { return };
+    for entry in processes.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
+        let Ok(cwd) = std::fs::read_link(entry.path().join("cwd")) else { continue };
+        let ours = ["sandboxes", "pool", "tmp"].iter().any(|folder| cwd.starts_with(data.join(folder)));
+        let is_vmm = std::fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.starts_with("qemu-system"));
+        if !ours || !is_vmm || keep.iter().any(|process| process.pid == pid) {
+            continue;
+        }
+        if let Some(mut process) = VmmProcess::find(pid) {
+            tracing::warn!(pid, cwd = %cwd.display(), "ending a VM that no sandbox claims");
+            process.kill().await;
+        }
+    }
+}

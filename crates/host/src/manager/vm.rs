@@ -1,0 +1,388 @@
+//! The steps that take a sandbox's VM from one state to the next, each with its undo.
+//!
+//! **Saving** writes beside what is there and renames at the end; until the journal says "paused" the guest can
+//! simply go on. **Resuming** is free of consequences until the guest runs its first instruction: the journal says
+//! "running" right before that, because from there on the disk moves away from the saved memory.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use wrenn_proto::guest::InitRequest;
+use wrenn_proto::id::{TeamId, TemplateId};
+
+use super::console::Console;
+use super::journal::{Phase, Record};
+use super::slots::Slot;
+use super::{Shared, Step};
+use crate::disk::{BackingFormat, copy_sparse, create_overlay};
+use crate::error::{HostError, IoContext as _, Result};
+use crate::guest::GuestClient;
+use crate::layout::{ImageDir, VmDir};
+use crate::memory::{self, FlatImage, Saved};
+use crate::net::{EgressPolicy, LinkTask, UserNet};
+use crate::template::Image;
+use crate::template::store::Manifest;
+use crate::vmm::qemu::{LaunchSpec, Vm};
+
+/// What a running sandbox holds. Dropping it leaves the VM running.
+pub(crate) struct Running {
+    pub(crate) vm: Vm,
+    pub(crate) guest: GuestClient,
+    pub(crate) console: Console,
+    pub(crate) image: Image,
+    /// Its number is the VM's as long as this lives.
+    pub(crate) slot: Slot,
+    _net: UserNet,
+    _link: LinkTask,
+}
+
+/// Connects to the guest end of a VM's wire and serves it.
+pub(crate) async fn link(dir: &VmDir, policy: EgressPolicy) -> Result<(UserNet, LinkTask)> {
+    let stream = crate::vmm::qemu::connect_in(dir, VmDir::NET)
+        .await
+        .map_err(|error| HostError::Vmm(format!("its network socket does not answer: {error}")))?;
+    Ok(UserNet::start(stream, crate::net::UserNetConfig::new(policy)))
+}
+
+/// Creates a sandbox's VM from an image, in the folder `dir` that the caller made and removes on failure.
+pub(crate) async fn create(shared: &Arc<Shared>, dir: &VmDir, record: &mut Record, image: Image) -> Result<Running> {
+    shared.step(Step::Slot)?;
+    let slot = shared.slots.take()?;
+    shared.step(Step::Disk)?;
+    create_overlay(
+        &dir.disk(),
+        u64::from(image.manifest.disk_mb) << 20,
+        &image.dir.disk(),
+        BackingFormat::Qcow2,
+    )?;
+    shared.step(Step::Journal)?;
+    record.phase = Phase::Starting;
+    record.write(dir)?;
+    shared.step(Step::Launch)?;
+    let launched = shared.qemu.launch(&launch_spec(dir, record, &image, &slot)).await?;
+    if let Err(error) = shared.step(Step::Restore) {
+        launched.kill().await;
+        return Err(error);
+    }
+    let mut vm = launched.load(dir, &image.dir.state()).await?;
+    match bring_up(shared, dir, record, &image, &mut vm, &slot).await {
+        Ok((net, link, guest, console)) => Ok(Running { vm, guest, console, image, slot, _net: net, _link: link }),
+        Err(error) => {
+            vm.kill().await;
+            Err(error)
+        }
+    }
+}
+
+async fn bring_up(
+    shared: &Shared,
+    dir: &VmDir,
+    record: &mut Record,
+    image: &Image,
+    vm: &mut Vm,
+    slot: &Slot,
+) -> Result<(UserNet, LinkTask, GuestClient, Console)> {
+    shared.step(Step::Network)?;
+    let console = Console::attach(dir).await;
+    let (net, link) = link(dir, shared.policy.clone()).await?;
+    let grow = record.disk_mb > image.manifest.disk_mb;
+    if grow {
+        vm.resize_disk(u64::from(record.disk_mb) << 20).await?;
+    }
+    shared.step(Step::Run)?;
+    vm.cont().await?;
+    shared.step(Step::Greet)?;
+    // The restored agent still believes in the token with which it was frozen.
+    let entropy: [u8; 256] = random()?;
+    let machine_id: [u8; 16] = random()?;
+    let frozen = GuestClient::new(&net, &image.manifest.token);
+    let request = InitRequest {
+        timestamp: Some(jiff::Timestamp::now().to_string()),
+        env_vars: Some(record.envs.clone()),
+        access_token: Some(record.token.clone()),
+        hostname: Some(hostname(record)),
+        machine_id: Some(hex::encode(machine_id)),
+        entropy: Some(base64::Engine::encode(&base64::engine::general_purpose::STANDARD, entropy)),
+        default_user: Some(image.manifest.default_user.clone()),
+        grow_root: grow,
+        ..Default::default()
+    };
+    tokio::select! {
+        outcome = frozen.init(&request) => outcome?,
+        exit = vm.exited() => {
+            return Err(HostError::Vmm(format!("it ended at its start ({exit}): {}", console.tail())));
+        }
+    }
+    let guest = GuestClient::new(&net, &record.token);
+    shared.step(Step::Finish)?;
+    record.phase = Phase::Running { process: vm.process_id(), slot: slot.number() };
+    record.write(dir)?;
+    Ok((net, link, guest, console))
+}
+
+fn launch_spec<'a>(dir: &'a VmDir, record: &'a Record, image: &'a Image, slot: &Slot) -> LaunchSpec<'a> {
+    LaunchSpec {
+        name: dir.path().file_name().and_then(|name| name.to_str()).unwrap_or("vm"),
+        dir,
+        slot: slot.number(),
+        shape: record.shape,
+        disk_mb: record.disk_mb,
+        // A static path inside the image, alive as long as the image is.
+        memory: image.memory_path(),
+        boot: None,
+    }
+}
+
+/// `sandbox-` and the last digits of the id: unique, and short enough for a prompt.
+fn hostname(record: &Record) -> String {
+    let digits = record.id.0.simple().to_string();
+    format!("sandbox-{}", &digits[digits.len() - 8..])
+}
+
+pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).map_err(|error| HostError::Vmm(format!("the host has no random bytes: {error}")))?;
+    Ok(bytes)
+}
+
+/// Finds the VM of a sandbox again after the agent was away.
+pub(crate) async fn adopt(
+    shared: &Shared,
+    dir: &VmDir,
+    record: &Record,
+    process: crate::vmm::process::ProcessId,
+    slot: Slot,
+) -> Result<Running> {
+    let image = shared.templates.image_at(&record.image)?;
+    let name = dir.path().file_name().and_then(|name| name.to_str()).unwrap_or("vm").to_owned();
+    let mut vm = shared
+        .qemu
+        .adopt(&name, process, dir)
+        .await
+        .ok_or_else(|| HostError::Vmm("the virtual machine ended while the host agent was away".to_owned()))?;
+    for leftover in [dir.partial_state(), dir.partial_memory()] {
+        let _ = std::fs::remove_file(leftover);
+    }
+    let outcome = async {
+        let console = Console::attach(dir).await;
+        let (net, link) = link(dir, shared.policy.clone()).await?;
+        // It may have been stopped in the middle of a pause or snapshot that nobody was told of.
+        if !vm.is_running().await? {
+            vm.cont().await?;
+        }
+        Ok((console, net, link))
+    }
+    .await;
+    match outcome {
+        Ok((console, net, link)) => {
+            let guest = GuestClient::new(&net, &record.token);
+            Ok(Running { vm, guest, console, image, slot, _net: net, _link: link })
+        }
+        Err(error) => {
+            vm.kill().await;
+            Err(error)
+        }
+    }
+}
+
+/// Saves memory and device state and journals it. On failure the guest goes on.
+pub(crate) async fn save(shared: &Arc<Shared>, dir: &VmDir, record: &mut Record, running: &mut Running) -> Result<Saved> {
+    running.vm.stop().await?;
+    let before = record.phase.clone();
+    let outcome = async {
+        shared.step(Step::Save)?;
+        let saved = write_state(dir, record, running).await?;
+        shared.step(Step::SaveFinish)?;
+        for (partial, whole) in [(dir.partial_state(), dir.state()), (dir.partial_memory(), dir.memory_diff())] {
+            std::fs::rename(&partial, &whole).at("move into place", &whole)?;
+        }
+        record.phase = Phase::Paused;
+        record.write(dir)?;
+        Ok(saved)
+    }
+    .await;
+    if outcome.is_err() {
+        record.phase = before;
+        for leftover in [dir.partial_state(), dir.partial_memory(), dir.state(), dir.memory_diff()] {
+            let _ = std::fs::remove_file(leftover);
+        }
+        running.vm.cont().await?;
+    }
+    outcome
+}
+
+/// Writes a stopped guest's device state and changed memory beside the final names.
+async fn write_state(dir: &VmDir, record: &Record, running: &mut Running) -> Result<Saved> {
+    running.vm.save_state(VmDir::PARTIAL_STATE).await?;
+    let image = running.image.dir.memory();
+    let mapped = running.vm.memory(&image, record.shape)?;
+    let path = dir.partial_memory();
+    blocking(move || memory::save(&mapped, &path).at("save the memory to", &path)).await
+}
+
+/// Brings a paused sandbox back. On failure it is as it was, unless its guest had run already.
+pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Record) -> Result<Running> {
+    let image = shared.templates.image_at(&record.image)?;
+    shared.check_memory(record.shape)?;
+    let slot = shared.slots.take()?;
+    shared.step(Step::Launch)?;
+    let launched = shared.qemu.launch(&launch_spec(dir, record, &image, &slot)).await?;
+    let prepared = async {
+        shared.step(Step::Restore)?;
+        let mapped = launched.memory(&image.dir.memory())?;
+        let diff = dir.memory_diff();
+        // Before the device state: devices look into memory while they are loaded.
+        blocking(move || memory::apply(&diff, &mapped).at("restore the memory from", &diff)).await
+    }
+    .await;
+    if let Err(error) = prepared {
+        launched.kill().await;
+        return Err(error);
+    }
+    let mut vm = launched.load(dir, &dir.state()).await?;
+    let linked = async {
+        let console = Console::attach(dir).await;
+        let (net, link) = link(dir, shared.policy.clone()).await?;
+        shared.step(Step::Run)?;
+        Ok((console, net, link))
+    }
+    .await;
+    let (console, net, link) = match linked {
+        Ok(linked) => linked,
+        Err(error) => {
+            vm.kill().await;
+            return Err(error);
+        }
+    };
+    // From the next instruction on the saved memory no longer fits the disk.
+    record.phase = Phase::Running { process: vm.process_id(), slot: slot.number() };
+    let outcome = match record.write(dir) {
+        Ok(()) => vm.cont().await,
+        Err(error) => Err(error),
+    };
+    if let Err(error) = outcome {
+        vm.kill().await;
+        record.phase = Phase::Paused;
+        record.write(dir)?;
+        return Err(error);
+    }
+    for saved in [dir.state(), dir.memory_diff()] {
+        let _ = std::fs::remove_file(saved);
+    }
+    let guest = GuestClient::new(&net, &record.token);
+    // A guest that has broken its own agent is its owner's to repair or destroy: it runs all the same.
+    let clock = InitRequest { timestamp: Some(jiff::Timestamp::now().to_string()), ..Default::default() };
+    match tokio::time::timeout(Duration::from_secs(20), guest.init(&clock)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(sandbox = %record.id, %error, "a resumed guest did not take the time"),
+        Err(_) => tracing::warn!(sandbox = %record.id, "a resumed guest's agent does not answer"),
+    }
+    Ok(Running { vm, guest, console, image, slot, _net: net, _link: link })
+}
+
+/// Makes a template of a sandbox. Returns its size in bytes. A running guest stands still only while its state is
+/// written and its disk overlay is copied.
+pub(crate) async fn snapshot(
+    shared: &Arc<Shared>,
+    dir: &VmDir,
+    record: &Record,
+    running: Option<&mut Running>,
+    team: TeamId,
+    template: TemplateId,
+) -> Result<u64> {
+    let target = shared.templates.snapshot_path(team, template);
+    if target.exists() {
+        // A repeated request; the template is complete, for it is renamed into place.
+        return Ok(shared.templates.image_at(target.strip_prefix(shared.layout.images()).unwrap_or(&target))?.size_bytes());
+    }
+    let base = shared.templates.image_at(&record.image)?;
+    let work = shared.layout.tmp().join(format!("snapshot-{}", uuid::Uuid::new_v4().simple()));
+    std::fs::create_dir(&work).at("create", &work)?;
+    let image = ImageDir::new(work.clone());
+    let outcome = async {
+        match running {
+            Some(running) => {
+                running.vm.stop().await?;
+                let taken = take_parts(shared, dir, record, running, &image).await;
+                running.vm.cont().await?;
+                taken?;
+            }
+            None => {
+                let (from, to) = (dir.clone(), image.clone());
+                blocking(move || {
+                    copy_sparse(&from.disk(), &to.disk())?;
+                    copy_sparse(&from.state(), &to.state())?;
+                    copy_sparse(&from.memory_diff(), &to.path().join("memory.diff"))
+                })
+                .await?;
+            }
+        }
+        shared.step(Step::SnapshotFinish)?;
+        let (from, to) = (base.dir.memory(), image.memory());
+        let diff = image.path().join("memory.diff");
+        blocking(move || {
+            copy_sparse(&from, &to)?;
+            let flat = std::fs::File::options().read(true).write(true).open(&to).at("open", &to)?;
+            memory::apply(&diff, FlatImage(&flat)).at("write memory into", &to)?;
+            std::fs::remove_file(&diff).at("remove", &diff)
+        })
+        .await?;
+        let manifest = Manifest {
+            platform: shared.qemu.platform(),
+            shape: record.shape,
+            disk_mb: record.disk_mb,
+            state_sha256: String::new(),
+            token: record.token.clone(),
+            default_user: base.manifest.default_user.clone(),
+            kernel: base.manifest.kernel.clone(),
+            parent: Some(record.image.clone()),
+        };
+        Image::seal(&image, &shared.qemu, manifest)?;
+        if let Some(parent) = target.parent() {
+            std::fs::create_dir_all(parent).at("create", parent)?;
+        }
+        std::fs::rename(&work, &target).at("move into place", &target)?;
+        Ok(crate::disk::allocated_bytes(&target.join("memory.img")) + crate::disk::allocated_bytes(&target.join(VmDir::DISK)))
+    }
+    .await;
+    if outcome.is_err() {
+        let _ = std::fs::remove_dir_all(&work);
+    }
+    outcome
+}
+
+/// The part of a snapshot for which the guest must stand still.
+async fn take_parts(
+    shared: &Shared,
+    dir: &VmDir,
+    record: &Record,
+    running: &mut Running,
+    image: &ImageDir,
+) -> Result<()> {
+    shared.step(Step::Save)?;
+    let outcome = write_state(dir, record, running).await;
+    let (from, to) = (dir.clone(), image.clone());
+    let moved = match outcome {
+        Ok(_) => {
+            blocking(move || {
+                // Copies rather than renames across the two owners' folders would cost time in which the guest stands.
+                std::fs::rename(from.partial_state(), to.state()).at("move", to.state())?;
+                let diff = to.path().join("memory.diff");
+                std::fs::rename(from.partial_memory(), &diff).at("move", &diff)?;
+                copy_sparse(&from.disk(), &to.disk())
+            })
+            .await
+        }
+        Err(error) => Err(error),
+    };
+    if moved.is_err() {
+        for leftover in [dir.partial_state(), dir.partial_memory()] {
+            let _ = std::fs::remove_file(leftover);
+        }
+    }
+    moved
+}
+
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| HostError::Vmm(format!("a worker ended: {error}")))?
+}

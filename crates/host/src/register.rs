@@ -1,0 +1,301 @@
+//! The agent's side of being a host: it registers once with a one-time token, then keeps telling that it lives and
+//! what happened by itself. The control plane calls back over RPC.
+
+use std::collections::VecDeque;
+use std::path::Path;
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+use tokio::sync::mpsc;
+use tokio_util::sync::CancellationToken;
+use wrenn_proto::rest;
+
+use crate::error::{HostError, IoContext as _, Result};
+use crate::manager::journal::Phase;
+use crate::manager::{Event, Manager};
+use crate::template::BuildState;
+
+const HEARTBEAT_EVERY: Duration = Duration::from_secs(20);
+const CALL_LIMIT: Duration = Duration::from_secs(15);
+
+/// What a registered host knows of itself; kept in a file that only the agent reads.
+#[derive(Clone, Serialize, Deserialize)]
+pub(crate) struct Registration {
+    pub(crate) host_id: String,
+    pub(crate) control_plane: String,
+    pub(crate) token: String,
+    pub(crate) refresh_token: String,
+    pub(crate) rpc_token: String,
+}
+
+impl Registration {
+    fn read(path: &Path) -> Option<Self> {
+        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+    }
+
+    fn write(&self, path: &Path) -> Result<()> {
+        use std::os::unix::fs::OpenOptionsExt as _;
+        let partial = path.with_extension("json.new");
+        let bytes = serde_json::to_vec_pretty(self).map_err(|error| HostError::Vmm(error.to_string()))?;
+        let mut file = std::fs::File::options()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(0o600)
+            .open(&partial)
+            .at("write", &partial)?;
+        std::io::Write::write_all(&mut file, &bytes).at("write", &partial)?;
+        std::fs::rename(&partial, path).at("write", path)
+    }
+}
+
+/// Speaks to the control plane.
+pub(crate) struct Reporter {
+    http: reqwest::Client,
+    registration: Registration,
+    manager: Manager,
+    address: String,
+}
+
+/// Why a call to the control plane failed, by what to do about it.
+#[derive(Debug)]
+enum CallError {
+    /// The token is not, or no longer, good.
+    Unauthorized,
+    /// Try again later.
+    Later(String),
+}
+
+impl Reporter {
+    /// Finds the host's registration, or registers with `token` at `control_plane`; `address` is where the control
+    /// plane reaches this agent.
+    pub(crate) async fn connect(
+        manager: Manager,
+        control_plane: &str,
+        token: Option<&str>,
+        address: &str,
+    ) -> Result<Self> {
+        let http = reqwest::Client::builder()
+            .timeout(CALL_LIMIT)
+            .no_proxy()
+            .build()
+            .map_err(|error| HostError::Vmm(format!("cannot make an HTTP client: {error}")))?;
+        let path = manager.shared.layout.registration();
+        let known = Registration::read(&path).filter(|known| known.control_plane == control_plane);
+        if let Some(registration) = known {
+            let address = address.to_owned();
+            let mut reporter = Self { http: http.clone(), registration, manager: manager.clone(), address };
+            match reporter.heartbeat().await {
+                Err(CallError::Unauthorized) if reporter.refresh().await.is_err() && token.is_some() => {
+                    tracing::warn!("the control plane does not know this host any more; registering anew");
+                }
+                _ => return Ok(reporter),
+            }
+        }
+        let Some(token) = token else {
+            return Err(HostError::InvalidArgument {
+                field: "registration token",
+                message: format!(
+                    "this host is not registered with {control_plane}: pass a one-time token made there (--token)"
+                ),
+            });
+        };
+        let registration = register(&http, &manager, control_plane, token, address).await?;
+        registration.write(&path)?;
+        tracing::info!(host = registration.host_id, control_plane, "registered");
+        Ok(Self { http, registration, manager, address: address.to_owned() })
+    }
+
+    pub(crate) fn rpc_token(&self) -> &str {
+        &self.registration.rpc_token
+    }
+
+    async fn call(&self, path: &str, body: &impl Serialize) -> std::result::Result<(), CallError> {
+        let answer = self
+            .http
+            .post(format!("{}{path}", self.registration.control_plane))
+            .bearer_auth(&self.registration.token)
+            .json(body)
+            .send()
+            .await
+            .map_err(|error| CallError::Later(error.to_string()))?;
+        match answer.status() {
+            status if status.is_success() => Ok(()),
+            reqwest::StatusCode::UNAUTHORIZED | reqwest::StatusCode::FORBIDDEN | reqwest::StatusCode::NOT_FOUND => {
+                Err(CallError::Unauthorized)
+            }
+            status => Err(CallError::Later(format!("answered {status}"))),
+        }
+    }
+
+    async fn heartbeat(&self) -> std::result::Result<(), CallError> {
+        let shared = &self.manager.shared;
+        let build = shared.templates.minimal.subscribe().borrow().clone();
+        let (status, detail, progress_pct, size_bytes) = match build {
+            BuildState::Building { percent, step } => (rest::TemplateStatus::Building, step, percent, 0),
+            BuildState::Ready { size_bytes } => (rest::TemplateStatus::Ready, String::new(), 100, size_bytes),
+            BuildState::Failed(why) => (rest::TemplateStatus::Failed, why, 0, 0),
+        };
+        let body = rest::Heartbeat {
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            address: Some(self.address.clone()),
+            memory_available_mb: crate::manager::available_memory_mb(),
+            disk_available_mb: crate::manager::available_disk_mb(&shared.layout),
+            templates: vec![rest::HostTemplate {
+                id: wrenn_proto::id::TemplateId::MINIMAL.to_string(),
+                status,
+                detail,
+                progress_pct,
+                size_bytes,
+            }],
+        };
+        self.call(&format!("/v1/hosts/{}/heartbeat", self.registration.host_id), &body).await
+    }
+
+    async fn refresh(&mut self) -> Result<()> {
+        let body = rest::RefreshHostToken { refresh_token: self.registration.refresh_token.clone() };
+        let refused = |what: String| HostError::Vmm(format!("cannot renew the host's token: {what}"));
+        let answer = self
+            .http
+            .post(format!("{}/v1/hosts/auth/refresh", self.registration.control_plane))
+            .json(&body)
+            .send()
+            .await
+            .map_err(|error| refused(error.to_string()))?
+            .error_for_status()
+            .map_err(|error| refused(error.to_string()))?;
+        let tokens: rest::HostTokens = answer.json().await.map_err(|error| refused(error.to_string()))?;
+        self.registration.token = tokens.token;
+        self.registration.refresh_token = tokens.refresh_token;
+        self.registration.write(&self.manager.shared.layout.registration())
+    }
+
+    /// Reports until cancelled. Events are delivered in order, each until it has arrived: what happened
+    /// while the control plane was away is told when it is back.
+    pub(crate) async fn run(mut self, mut events: mpsc::UnboundedReceiver<Event>, stop: CancellationToken) {
+        let mut beat = tokio::time::interval(HEARTBEAT_EVERY);
+        beat.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut build = self.manager.shared.templates.minimal.subscribe();
+        let mut undelivered: VecDeque<Event> = VecDeque::new();
+        let mut pause = Duration::ZERO;
+        let mut last_told = tokio::time::Instant::now();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => break,
+                _ = beat.tick() => self.beat().await,
+                // Progress is told as it comes, but not more often than anybody looks.
+                Ok(()) = build.changed() => {
+                    let settled = !matches!(*build.borrow_and_update(), BuildState::Building { .. });
+                    if settled || last_told.elapsed() > Duration::from_secs(1) {
+                        last_told = tokio::time::Instant::now();
+                        self.beat().await;
+                    }
+                }
+                Some(event) = events.recv() => undelivered.push_back(event),
+                () = tokio::time::sleep(pause), if !undelivered.is_empty() => {
+                    pause = self.deliver(&mut undelivered, pause).await;
+                }
+            }
+        }
+        // What the shutdown itself caused.
+        while let Ok(event) = events.try_recv() {
+            undelivered.push_back(event);
+        }
+        if !undelivered.is_empty() {
+            self.deliver(&mut undelivered, Duration::ZERO).await;
+        }
+    }
+
+    async fn beat(&mut self) {
+        match self.heartbeat().await {
+            Ok(()) => {}
+            Err(CallError::Unauthorized) => {
+                if let Err(error) = self.refresh().await {
+                    tracing::warn!(%error, "the control plane does not accept this host");
+                }
+            }
+            Err(CallError::Later(why)) => tracing::warn!(why, "the control plane does not hear this host"),
+        }
+    }
+
+    /// Sends all waiting events in one call; returns how long to wait before the next attempt.
+    async fn deliver(&mut self, waiting: &mut VecDeque<Event>, pause: Duration) -> Duration {
+        let body = rest::SandboxEvents { events: waiting.iter().take(500).map(wire).collect() };
+        let count = body.events.len();
+        match self.call("/v1/hosts/sandbox-events", &body).await {
+            Ok(()) => {
+                waiting.drain(..count);
+                Duration::ZERO
+            }
+            Err(error) => {
+                if matches!(error, CallError::Unauthorized) {
+                    let _ = self.refresh().await;
+                }
+                tracing::debug!(?error, count, "events wait for the control plane");
+                (pause * 2).clamp(Duration::from_millis(200), Duration::from_secs(10))
+            }
+        }
+    }
+}
+
+async fn register(
+    http: &reqwest::Client,
+    manager: &Manager,
+    control_plane: &str,
+    token: &str,
+    address: &str,
+) -> Result<Registration> {
+    let shared = &manager.shared;
+    let body = rest::RegisterHost {
+        token: token.to_owned(),
+        arch: std::env::consts::ARCH.to_owned(),
+        cpu_cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
+        memory_mb: shared.capacity.memory_mb,
+        disk_gb: crate::manager::available_disk_mb(&shared.layout) / 1024,
+        address: address.to_owned(),
+    };
+    let answer = http
+        .post(format!("{control_plane}/v1/hosts/register"))
+        .json(&body)
+        .send()
+        .await
+        .map_err(|error| HostError::Vmm(format!("cannot reach the control plane at {control_plane}: {error}")))?;
+    if !answer.status().is_success() {
+        let status = answer.status();
+        let said = answer.json::<rest::ErrorBody>().await.map(|body| body.error.message).unwrap_or_default();
+        return Err(HostError::InvalidArgument {
+            field: "registration token",
+            message: format!("the control plane refused it ({status}): {said}"),
+        });
+    }
+    let registered: rest::RegisteredHost = answer
+        .json()
+        .await
+        .map_err(|error| HostError::Vmm(format!("the control plane's answer makes no sense: {error}")))?;
+    Ok(Registration {
+        host_id: registered.host_id,
+        control_plane: control_plane.to_owned(),
+        token: registered.token,
+        refresh_token: registered.refresh_token,
+        rpc_token: registered.rpc_token,
+    })
+}
+
+fn wire(event: &Event) -> rest::SandboxEvent {
+    let record = &event.view.record;
+    let error = match &record.phase {
+        Phase::Error { message, console } => Some(rest::SandboxFailure {
+            message: message.clone(),
+            console: (!console.is_empty()).then(|| console.clone()),
+        }),
+        _ => None,
+    };
+    rest::SandboxEvent {
+        sandbox_id: record.id.to_string(),
+        generation: record.generation,
+        status: event.view.state,
+        reason: event.reason.to_owned(),
+        error,
+        at_ms: crate::manager::activity::now_ms(),
+    }
+}

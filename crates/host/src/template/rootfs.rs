@@ -1,0 +1,205 @@
+//! Builds the root filesystem of the built-in template from Debian packages, as root or as an ordinary user.
+
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::process::Command;
+
+use super::{Progress, fingerprint};
+use crate::error::{HostError, IoContext as _, Result};
+use crate::layout::Layout;
+
+/// What the root filesystem is made of.
+#[derive(Debug, Clone)]
+pub(crate) struct Recipe {
+    pub(crate) suite: &'static str,
+    pub(crate) packages: &'static [&'static str],
+    pub(crate) disk_mb: u32,
+    /// PEM bundle to trust instead of the release's own, for machines behind a private authority.
+    pub(crate) ca_bundle: Option<PathBuf>,
+}
+
+impl Recipe {
+    /// The `minimal` template.
+    pub(crate) fn minimal(ca_bundle: Option<PathBuf>) -> Self {
+        Self {
+            suite: "bookworm",
+            packages: &[
+                "bash",
+                "ca-certificates",
+                "coreutils",
+                "curl",
+                "git",
+                "iproute2",
+                "ncurses-bin",
+                "ncurses-term",
+                "procps",
+                "python3",
+                "sudo",
+            ],
+            disk_mb: 20480,
+            ca_bundle,
+        }
+    }
+
+    fn key(&self) -> Result<String> {
+        let bundle = match &self.ca_bundle {
+            Some(path) => std::fs::read(path).at("read the certificate bundle", path)?,
+            None => Vec::new(),
+        };
+        Ok(fingerprint(&[
+            self.suite.as_bytes(),
+            self.packages.join(" ").as_bytes(),
+            CUSTOMIZE.as_bytes(),
+            IMAGE.as_bytes(),
+            self.disk_mb.to_string().as_bytes(),
+            &bundle,
+        ]))
+    }
+}
+
+/// Runs in the shell outside the tree, whose path is `$1`; `$2` is a certificate bundle or empty.
+const CUSTOMIZE: &str = r#"
+set -eu
+root="$1"
+chroot "$root" useradd --create-home --uid 1000 --user-group --shell /bin/bash user
+printf 'user ALL=(ALL:ALL) NOPASSWD: ALL\n' > "$root/etc/sudoers.d/user"
+chmod 0440 "$root/etc/sudoers.d/user"
+ln -sf python3 "$root/usr/bin/python"
+printf '127.0.0.1 localhost\n::1 localhost ip6-localhost ip6-loopback\n' > "$root/etc/hosts"
+printf 'sandbox\n' > "$root/etc/hostname"
+: > "$root/etc/machine-id"
+printf 'LANG=C.UTF-8\n' > "$root/etc/default/locale"
+rm -f "$root/etc/resolv.conf"
+printf 'nameserver 10.0.2.3\n' > "$root/etc/resolv.conf"
+if [ -n "${2:-}" ]; then
+  cp "$2" "$root/etc/ssl/certs/ca-certificates.crt"
+fi
+rm -rf "$root/var/cache/apt/archives/"*.deb "$root/var/log/"*.log "$root/var/log/apt"
+"#;
+
+/// Turns the archive `$1` into the ext4 image `$2` of `$3` MiB with the folder `$4` to work in. Lazy tables keep the file sparse.
+const IMAGE: &str = r#"
+set -eu
+mkdir "$4"
+tar --extract --numeric-owner --xattrs --file "$1" --directory "$4"
+truncate --size "$3M" "$2"
+mke2fs -q -t ext4 -d "$4" -m 0 -i 32768 -J size=32 -L root \
+  -E lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 -F "$2"
+rm -rf "$4"
+"#;
+
+/// Returns the image, from the cache when the same recipe was built before on this machine.
+pub(super) async fn ensure(layout: &Layout, recipe: &Recipe, progress: &Progress) -> Result<PathBuf> {
+    let key = recipe.key()?;
+    let image = layout.base_images().join(format!("{key}.ext4"));
+    if image.is_file() {
+        return Ok(image);
+    }
+    let cached = layout.rootfs_cache().join(format!("{key}.ext4"));
+    if !cached.is_file() {
+        build(layout, recipe, &cached, progress).await?;
+    }
+    // The data directory keeps a file of its own: it must survive a cache that is emptied.
+    progress.step(70, "taking the root filesystem");
+    if std::fs::hard_link(&cached, &image).is_err() && !image.is_file() {
+        let partial = layout.tmp().join(format!("{key}.ext4"));
+        let (from, to) = (cached.clone(), partial.clone());
+        tokio::task::spawn_blocking(move || crate::disk::copy_sparse(&from, &to))
+            .await
+            .map_err(|error| HostError::Vmm(error.to_string()))??;
+        std::fs::rename(&partial, &image).at("move into place", &image)?;
+    }
+    Ok(image)
+}
+
+async fn build(layout: &Layout, recipe: &Recipe, cached: &Path, progress: &Progress) -> Result<()> {
+    let work = layout.rootfs_cache().join(format!(".work-{}", uuid::Uuid::new_v4().simple()));
+    std::fs::create_dir_all(&work).at("create", &work)?;
+    let outcome = build_in(&work, recipe, cached, progress).await;
+    let _ = std::fs::remove_dir_all(&work);
+    outcome
+}
+
+async fn build_in(work: &Path, recipe: &Recipe, cached: &Path, progress: &Progress) -> Result<()> {
+    let root = rustix::process::geteuid().is_root();
+    let archive = work.join("rootfs.tar");
+    let bundle = recipe.ca_bundle.as_deref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
+    // mmdebstrap hands a hook to the shell with the tree's path as its argument.
+    let hook = format!("sh -c {} sh \"$1\" {}", quote(CUSTOMIZE), quote(&bundle));
+    let mut command = Command::new("mmdebstrap");
+    command
+        .arg(if root { "--mode=root" } else { "--mode=unshare" })
+        .args(["--variant=minbase", "--format=tar", "--skip=check/empty"])
+        .arg(format!("--include={}", recipe.packages.join(",")))
+        .arg(format!("--customize-hook={hook}"))
+        .arg(recipe.suite)
+        .arg(&archive);
+    progress.step(10, "installing Debian packages (about a minute)");
+    follow(&mut command, progress).await?;
+
+    progress.step(60, "making the root filesystem's image");
+    let image = work.join("rootfs.ext4");
+    let mut command = if root {
+        Command::new("sh")
+    } else {
+        // The same mapped users as above, so that files keep their owners.
+        let mut command = Command::new("mmdebstrap");
+        command.args(["--unshare-helper", "sh"]);
+        command
+    };
+    command
+        .args(["-c", IMAGE, "sh"])
+        .arg(&archive)
+        .arg(&image)
+        .arg(recipe.disk_mb.to_string())
+        .arg(work.join("tree"));
+    super::kernel::run("mke2fs", &mut command).await?;
+    std::fs::rename(&image, cached).at("move into place", cached)
+}
+
+/// Runs mmdebstrap, showing its own progress lines; on failure its last lines are the error.
+async fn follow(command: &mut Command, progress: &Progress) -> Result<()> {
+    let program = "mmdebstrap";
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .env("LC_ALL", "C")
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(|error| HostError::Program {
+            program,
+            detail: format!("cannot run it: {error}; install the package mmdebstrap"),
+        })?;
+    let mut last: std::collections::VecDeque<String> = std::collections::VecDeque::new();
+    if let Some(stderr) = child.stderr.take() {
+        let mut lines = BufReader::new(stderr).lines();
+        let mut percent = 10;
+        while let Ok(Some(line)) = lines.next_line().await {
+            if let Some(step) = line.strip_prefix("I: ") {
+                // The number of stages is fixed; there is no finer measure.
+                percent = (percent + 4).min(58);
+                progress.step(percent, format!("Debian packages: {step}"));
+            }
+            if last.len() == 12 {
+                last.pop_front();
+            }
+            last.push_back(line);
+        }
+    }
+    let status = child.wait().await.map_err(|error| HostError::Program { program, detail: error.to_string() })?;
+    if status.success() {
+        return Ok(());
+    }
+    let said = last.into_iter().collect::<Vec<_>>().join("\n");
+    Err(HostError::Program {
+        program,
+        detail: format!("{said}\nIs a Debian mirror reachable (apt-get update)? As an ordinary user it also needs the package uidmap"),
+    })
+}
+
+fn quote(text: &str) -> String {
+    format!("'{}'", text.replace('\'', r"'\''"))
+}

@@ -1,0 +1,307 @@
+//! The images on this host: finding them, making them when they are missing, and removing them once nothing needs them.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+
+use serde::{Deserialize, Serialize};
+use sha2::Digest as _;
+use wrenn_proto::id::{TeamId, TemplateId};
+
+use super::boot::{BootPlan, freeze};
+use super::rootfs::Recipe;
+use super::{BuildState, ENVD, Kernel, Progress, fingerprint, rootfs};
+use crate::error::{HostError, IoContext as _, Result};
+use crate::layout::{ImageDir, Layout};
+use crate::manager::slots::Slots;
+use crate::vmm::qemu::Qemu;
+use crate::vmm::{Platform, Shape};
+
+/// The user of processes and files when a request names none, in the `minimal` template.
+const DEFAULT_USER: &str = "root";
+
+/// What can restore an image, and what it is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Manifest {
+    pub(crate) platform: Platform,
+    pub(crate) shape: Shape,
+    pub(crate) disk_mb: u32,
+    /// Of the device state; the memory is checked by its size alone, for its bytes are too many to read at each start.
+    pub(crate) state_sha256: String,
+    /// Access token that the frozen guest agent believes in; empty for none.
+    pub(crate) token: String,
+    pub(crate) default_user: String,
+    pub(crate) kernel: String,
+    /// Image whose disk is below this one's, relative to the images folder.
+    pub(crate) parent: Option<PathBuf>,
+}
+
+/// A complete image.
+#[derive(Debug, Clone)]
+pub(crate) struct Image {
+    pub(crate) dir: ImageDir,
+    pub(crate) manifest: Manifest,
+    memory: PathBuf,
+}
+
+impl Image {
+    pub(crate) fn memory_path(&self) -> &Path {
+        &self.memory
+    }
+
+    /// Reads an image and checks that this host can restore it.
+    fn open(path: &Path, qemu: &Qemu) -> Result<Self> {
+        let image = Self::read(path)?;
+        image.check(qemu)?;
+        Ok(image)
+    }
+
+    fn read(path: &Path) -> Result<Self> {
+        let dir = ImageDir::new(path.to_path_buf());
+        let manifest = dir.manifest();
+        let bytes = std::fs::read(&manifest).at("read", &manifest)?;
+        let manifest = serde_json::from_slice(&bytes)
+            .map_err(|error| HostError::TemplateNotReady(format!("its manifest is damaged: {error}")))?;
+        Ok(Self { memory: dir.memory(), dir, manifest })
+    }
+
+    fn check(&self, qemu: &Qemu) -> Result<()> {
+        let here = qemu.platform();
+        let made = &self.manifest.platform;
+        let fits = made.vmm == here.vmm
+            && made.machine == here.machine
+            && made.accelerator == here.accelerator
+            && made.cpu == here.cpu;
+        if !fits {
+            return Err(HostError::TemplateNotReady(format!(
+                "it was made with {} {} on {} ({}), which this host does not have",
+                made.vmm,
+                made.version,
+                made.accelerator.as_str(),
+                made.cpu
+            )));
+        }
+        let memory = self.dir.memory();
+        let length = std::fs::metadata(&memory).at("look at", &memory)?.len();
+        if length != u64::from(self.manifest.shape.memory_mb) << 20 {
+            return Err(HostError::TemplateNotReady("its memory file has the wrong size".to_owned()));
+        }
+        let state = self.dir.state();
+        let bytes = std::fs::read(&state).at("read", &state)?;
+        if hex::encode(sha2::Sha256::digest(&bytes)) != self.manifest.state_sha256 {
+            return Err(HostError::TemplateNotReady("its device state is damaged".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Completes an image whose files are in place: protects them and writes the manifest last.
+    pub(crate) fn seal(dir: &ImageDir, qemu: &Qemu, mut manifest: Manifest) -> Result<()> {
+        use std::os::unix::fs::PermissionsExt as _;
+        let state = dir.state();
+        let bytes = std::fs::read(&state).at("read", &state)?;
+        manifest.state_sha256 = hex::encode(sha2::Sha256::digest(&bytes));
+        let text = serde_json::to_vec_pretty(&manifest)
+            .map_err(|error| HostError::Vmm(format!("cannot write a manifest: {error}")))?;
+        let target = dir.manifest();
+        std::fs::write(&target, text).at("write", &target)?;
+        // VM processes read memory and disk through their group. Older QEMU insists on opening a private mapping's
+        // file for writing, though it never writes to it.
+        let memory_mode = if qemu.maps_read_only() { 0o440 } else { 0o660 };
+        for (path, mode) in
+            [(dir.memory(), memory_mode), (dir.disk(), 0o440), (state, 0o400), (target, 0o400), (dir.path().into(), 0o750)]
+        {
+            if let Some(ids) = qemu.vm_ids {
+                std::os::unix::fs::chown(&path, Some(0), Some(ids.gid)).at("protect", &path)?;
+            }
+            let mode = if qemu.vm_ids.is_none() && path != dir.path() && mode == 0o440 { 0o400 } else { mode };
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).at("protect", &path)?;
+        }
+        Ok(())
+    }
+
+    pub(crate) fn size_bytes(&self) -> u64 {
+        crate::disk::allocated_bytes(&self.dir.memory()) + crate::disk::allocated_bytes(&self.dir.disk())
+    }
+}
+
+/// All templates of this host.
+pub(crate) struct TemplateStore {
+    layout: Layout,
+    qemu: Arc<Qemu>,
+    recipe: Recipe,
+    slots: Arc<Slots>,
+    /// State of the built-in template's usual shape, shown to operators.
+    pub(crate) minimal: Progress,
+    /// One build at a time for each image; those who come later wait for it.
+    building: Mutex<HashMap<PathBuf, Arc<tokio::sync::Mutex<()>>>>,
+}
+
+impl TemplateStore {
+    pub(crate) fn new(layout: Layout, qemu: Arc<Qemu>, slots: Arc<Slots>, ca_bundle: Option<PathBuf>) -> Self {
+        Self {
+            layout,
+            qemu,
+            recipe: Recipe::minimal(ca_bundle),
+            slots,
+            minimal: Progress::new(),
+            building: Mutex::new(HashMap::new()),
+        }
+    }
+
+    /// The shape in which the built-in template is kept ready.
+    pub(crate) const USUAL_SHAPE: Shape = Shape { vcpus: 1, memory_mb: 512 };
+
+    /// Makes the built-in template's usual image if it is missing, showing its progress.
+    pub(crate) async fn prepare_minimal(&self) {
+        match self.minimal_image(Self::USUAL_SHAPE, &self.minimal).await {
+            Ok(image) => self.minimal.set(BuildState::Ready { size_bytes: image.size_bytes() }),
+            Err(error) => {
+                tracing::error!(error = &error as &dyn std::error::Error, "cannot make the template 'minimal'");
+                self.minimal.set(BuildState::Failed(error.to_string()));
+            }
+        }
+    }
+
+    /// The image from which a sandbox of `shape` starts. For the built-in template it is made when missing.
+    pub(crate) async fn image(&self, team: TeamId, template: TemplateId, shape: Shape) -> Result<Image> {
+        if template == TemplateId::MINIMAL && team == TeamId::PLATFORM {
+            return self.minimal_image(shape, &Progress::new()).await;
+        }
+        let path = self.snapshot_path(team, template);
+        if !path.is_dir() || ImageDir::new(path.clone()).deleted_marker().exists() {
+            return Err(HostError::NotFound { what: "template", id: template.to_string() });
+        }
+        let image = Image::open(&path, &self.qemu)?;
+        if image.manifest.shape != shape {
+            let Shape { vcpus, memory_mb } = image.manifest.shape;
+            return Err(HostError::InvalidArgument {
+                field: "template",
+                message: format!("it holds a running memory of {vcpus} vCPU and {memory_mb} MiB; leave the size out"),
+            });
+        }
+        Ok(image)
+    }
+
+    /// The image at a path kept in a journal or manifest, whether or not it is still offered to new sandboxes.
+    pub(crate) fn image_at(&self, relative: &Path) -> Result<Image> {
+        let safe = relative.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+        if !safe {
+            return Err(HostError::TemplateNotReady("its path is damaged".to_owned()));
+        }
+        Image::open(&self.layout.images().join(relative), &self.qemu)
+    }
+
+    pub(crate) fn relative(&self, image: &Image) -> PathBuf {
+        image.dir.path().strip_prefix(self.layout.images()).unwrap_or(image.dir.path()).to_path_buf()
+    }
+
+    pub(crate) fn snapshot_path(&self, team: TeamId, template: TemplateId) -> PathBuf {
+        self.layout.template(team, template).join("image")
+    }
+
+    async fn minimal_image(&self, shape: Shape, progress: &Progress) -> Result<Image> {
+        let platform = serde_json::to_vec(&self.qemu.platform()).unwrap_or_default();
+        let dir = self.layout.template(TeamId::PLATFORM, TemplateId::MINIMAL);
+        // What an image depends on beside its root filesystem; when one of these changes, a new one is made
+        // beside the old, which goes when its last sandbox does.
+        let key = fingerprint(&[&platform, ENVD, DEFAULT_USER.as_bytes()]);
+        let path = dir.join(format!("{}x{}-{key}", shape.vcpus, shape.memory_mb));
+        let lock = Arc::clone(
+            self.building.lock().unwrap_or_else(std::sync::PoisonError::into_inner).entry(path.clone()).or_default(),
+        );
+        let _one_at_a_time = lock.lock().await;
+        match Image::open(&path, &self.qemu) {
+            Ok(image) => return Ok(image),
+            Err(error) if path.exists() => {
+                tracing::warn!(%error, image = %path.display(), "an image is not usable; making it anew");
+                std::fs::remove_dir_all(&path).at("remove", &path)?;
+            }
+            Err(_) => {}
+        }
+        let started = std::time::Instant::now();
+        let kernel = Kernel::ensure(&self.layout, progress).await?;
+        let rootfs = rootfs::ensure(&self.layout, &self.recipe, progress).await?;
+        let slot = self.slots.take()?;
+        let work = self.layout.tmp().join(format!("build-{}", uuid::Uuid::new_v4().simple()));
+        std::fs::create_dir(&work).at("create", &work)?;
+        let plan = BootPlan {
+            kernel: &kernel,
+            rootfs: &rootfs,
+            shape,
+            disk_mb: self.recipe.disk_mb,
+            slot: slot.number(),
+            work: &work,
+            default_user: DEFAULT_USER,
+        };
+        let outcome = freeze(&self.qemu, &plan, progress).await.and_then(|()| {
+            std::fs::create_dir_all(&dir).at("create", &dir)?;
+            std::fs::rename(&work, &path).at("move into place", &path)
+        });
+        if let Err(error) = outcome {
+            let _ = std::fs::remove_dir_all(&work);
+            return Err(error);
+        }
+        tracing::info!(
+            template = "minimal",
+            vcpus = shape.vcpus,
+            memory_mb = shape.memory_mb,
+            seconds = started.elapsed().as_secs_f32(),
+            "template image made"
+        );
+        Image::open(&path, &self.qemu)
+    }
+
+    /// Takes a template out of use. Its files go when nothing depends on them any more: see [`Self::collect`].
+    pub(crate) fn delete(&self, team: TeamId, template: TemplateId) -> Result<()> {
+        let dir = ImageDir::new(self.snapshot_path(team, template));
+        if dir.path().is_dir() {
+            let marker = dir.deleted_marker();
+            std::fs::write(&marker, b"").at("mark as deleted", &marker)?;
+        }
+        Ok(())
+    }
+
+    /// Removes images that are out of use and that neither `in_use` nor another image's disk depends on.
+    pub(crate) fn collect(&self, in_use: &[PathBuf]) {
+        loop {
+            let images = self.all_images();
+            let parents: Vec<&PathBuf> = images.iter().filter_map(|image| image.manifest.parent.as_ref()).collect();
+            let mut removed = false;
+            for image in &images {
+                let relative = self.relative(image);
+                if image.dir.deleted_marker().exists() && !in_use.contains(&relative) && !parents.contains(&&relative) {
+                    match std::fs::remove_dir_all(image.dir.path()) {
+                        Ok(()) => {
+                            removed = true;
+                            if let Some(template) = image.dir.path().parent() {
+                                // Only when empty: other images of it may be in use.
+                                let _ = std::fs::remove_dir(template);
+                            }
+                        }
+                        Err(error) => {
+                            tracing::warn!(image = %image.dir.path().display(), %error, "cannot remove an image");
+                        }
+                    }
+                }
+            }
+            // A removed image may have been the last to need its parent.
+            if !removed {
+                return;
+            }
+        }
+    }
+
+    fn all_images(&self) -> Vec<Image> {
+        let children = |dir: &Path| -> Vec<PathBuf> {
+            std::fs::read_dir(dir)
+                .map(|entries| entries.filter_map(|entry| Some(entry.ok()?.path())).collect())
+                .unwrap_or_default()
+        };
+        children(&self.layout.team_images())
+            .iter()
+            .flat_map(|team| children(team))
+            .flat_map(|template| children(&template))
+            .filter_map(|image| Image::read(&image).ok())
+            .collect()
+    }
+}

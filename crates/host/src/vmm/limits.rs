@@ -1,0 +1,102 @@
+//! What keeps a VMM process within its means: a memory cgroup where the agent may make one, resource limits everywhere.
+
+use std::io;
+use std::path::PathBuf;
+
+use rustix::process::{Pid, Resource, Rlimit, prlimit};
+
+/// Memory that QEMU needs beside its guest's: code, device state, I/O buffers and the translation cache.
+const OVERHEAD_BYTES: u64 = 320 << 20;
+
+/// Limits of one VM.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) memory_mb: u32,
+    pub(crate) disk_mb: u32,
+}
+
+/// Where per-VM memory groups are made on this host.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum MemoryCgroup {
+    /// cgroup v2 below this folder, whose `memory` controller is delegated to the agent.
+    V2(PathBuf),
+    /// cgroup v1 memory hierarchy below this folder.
+    V1(PathBuf),
+    /// None that the agent may use: address-space limits stand in.
+    Unavailable,
+}
+
+impl MemoryCgroup {
+    /// Looks for a hierarchy in which a group can be made, and tries it.
+    #[must_use]
+    pub fn detect() -> Self {
+        for root in ["/sys/fs/cgroup", "/sys/fs/cgroup/unified"] {
+            let root = PathBuf::from(root);
+            let delegated = std::fs::read_to_string(root.join("cgroup.subtree_control"))
+                .is_ok_and(|controllers| controllers.split_ascii_whitespace().any(|name| name == "memory"));
+            if delegated && let Some(group) = usable(root.join("wrenn"), "memory.max") {
+                // Without this the group's children have no memory controller.
+                if std::fs::write(group.join("cgroup.subtree_control"), "+memory").is_ok() {
+                    return Self::V2(group);
+                }
+            }
+        }
+        match usable(PathBuf::from("/sys/fs/cgroup/memory/wrenn"), "memory.limit_in_bytes") {
+            Some(group) => Self::V1(group),
+            None => Self::Unavailable,
+        }
+    }
+
+    fn group(&self, name: &str) -> Option<PathBuf> {
+        match self {
+            Self::V2(root) | Self::V1(root) => Some(root.join(name)),
+            Self::Unavailable => None,
+        }
+    }
+
+    /// Puts process `pid` under `limits` in a group called `name`.
+    pub(crate) fn confine(&self, name: &str, pid: u32, limits: Limits) -> io::Result<()> {
+        let memory = (u64::from(limits.memory_mb) << 20) + OVERHEAD_BYTES;
+        if let Some(group) = self.group(name) {
+            match std::fs::create_dir(&group) {
+                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
+                _ => {}
+            }
+            let file = if matches!(self, Self::V2(_)) { "memory.max" } else { "memory.limit_in_bytes" };
+            std::fs::write(group.join(file), memory.to_string())?;
+            std::fs::write(group.join("cgroup.procs"), pid.to_string())?;
+        }
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let set = |resource, value| {
+            prlimit(pid, resource, Rlimit { current: Some(value), maximum: Some(value) }).map(drop)
+        };
+        set(Resource::Core, 0)?;
+        set(Resource::Nofile, 1024)?;
+        // A full disk image with its tables, and nothing else of that size.
+        set(Resource::Fsize, (u64::from(limits.disk_mb) << 20) / 16 * 17 + (64 << 20))?;
+        if matches!(self, Self::Unavailable) {
+            // Address space is not memory: QEMU maps far more than it uses (thread stacks, the translation cache).
+            set(Resource::As, memory + (4 << 30))?;
+        }
+        Ok(())
+    }
+
+    /// Removes the group of a VM whose process has ended.
+    pub(crate) fn remove(&self, name: &str) {
+        if let Some(group) = self.group(name)
+            && let Err(error) = std::fs::remove_dir(&group)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            tracing::warn!(group = %group.display(), %error, "cannot remove a VM's memory group");
+        }
+    }
+}
+
+fn usable(group: PathBuf, control: &str) -> Option<PathBuf> {
+    match std::fs::create_dir(&group) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return None,
+        _ => {}
+    }
+    // A folder can be made in places where its controller is missing.
+    std::fs::File::options().write(true).open(group.join(control)).is_ok().then_some(group)
+}

@@ -1,0 +1,479 @@
+//! QEMU: the command line, and the steps by which a VM is booted, saved and restored.
+//!
+//! Memory is a file. A template boots with the file mapped *shared*, so that the file is the memory; a clone maps
+//! it *privately*, so that its pages are copy-on-write against the page cache. Hence device state is all that
+//! has to be saved (`xen-save-devices-state`: despite its name it is in every build and writes the state of all
+//! devices without RAM, some 60 KB) and all that has to be loaded (`migrate-incoming`).
+//! `migration.send-configuration=off` makes both ends agree on that stream's header. A restored VM needs no
+//! kernel on its command line: what the kernel image once put into memory is in the memory file.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{Mode, OFlags};
+use serde_json::json;
+use tokio::net::UnixStream;
+
+use super::limits::{Limits, MemoryCgroup};
+use super::process::VmmProcess;
+use super::qmp::Qmp;
+use super::{Accelerator, Platform, Shape};
+use crate::error::{HostError, IoContext as _, Result};
+use crate::layout::VmDir;
+use crate::memory::MappedMemory;
+use crate::net;
+
+/// The QEMU that this host has.
+#[derive(Debug, Clone)]
+pub struct Qemu {
+    /// The program.
+    pub binary: PathBuf,
+    /// Major, minor, micro.
+    pub version: (u32, u32, u32),
+    /// How it will run guests.
+    pub accelerator: Accelerator,
+    /// Host CPU model, part of the platform under KVM.
+    pub host_cpu: String,
+    /// Where per-VM memory groups are made.
+    pub cgroup: MemoryCgroup,
+    /// When the agent runs as root: the group of all VM processes, and the first of the user ids they get.
+    pub vm_ids: Option<VmIds>,
+}
+
+/// User and group ids for VM processes; they need no entry in the host's user database.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct VmIds {
+    /// Group that may read template images.
+    pub gid: u32,
+    /// User id of slot 0.
+    pub first_uid: u32,
+}
+
+/// Kernel and command line of a VM that boots.
+#[derive(Debug)]
+pub(crate) struct BootSource<'a> {
+    pub(crate) kernel: &'a Path,
+    pub(crate) initramfs: &'a Path,
+    pub(crate) cmdline: &'a str,
+}
+
+/// What a VM is started with.
+#[derive(Debug)]
+pub(crate) struct LaunchSpec<'a> {
+    pub(crate) dir: &'a VmDir,
+    /// Also the name of its memory group.
+    pub(crate) name: &'a str,
+    pub(crate) slot: u32,
+    pub(crate) shape: Shape,
+    pub(crate) disk_mb: u32,
+    pub(crate) memory: &'a Path,
+    /// Present: boot, with the memory file shared. Absent: wait for a device state, with the memory file private.
+    pub(crate) boot: Option<BootSource<'a>>,
+}
+
+impl Qemu {
+    /// Finds QEMU and its version.
+    ///
+    /// # Errors
+    /// When it is missing, too old, or does not tell its version.
+    pub fn find(accelerator: Accelerator, cgroup: MemoryCgroup, vm_ids: Option<VmIds>) -> Result<Self> {
+        let binary = PathBuf::from("qemu-system-x86_64");
+        let program = "qemu-system-x86_64";
+        let output = Command::new(&binary).arg("--version").output().map_err(|error| HostError::Program {
+            program,
+            detail: format!("cannot run it ({error}); install the package qemu-system-x86"),
+        })?;
+        let text = String::from_utf8_lossy(&output.stdout);
+        let version = parse_version(&text).ok_or_else(|| HostError::Program {
+            program,
+            detail: format!("it does not tell its version: {}", text.lines().next().unwrap_or("no output")),
+        })?;
+        if version < (7, 2, 0) {
+            return Err(HostError::Program {
+                program,
+                detail: format!("version {}.{}.{} is too old; 7.2 or newer is needed", version.0, version.1, version.2),
+            });
+        }
+        let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let host_cpu = cpuinfo
+            .lines()
+            .find_map(|line| line.strip_prefix("model name")?.split_once(':'))
+            .map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned());
+        Ok(Self { binary, version, accelerator, host_cpu, cgroup, vm_ids })
+    }
+
+    /// What memory images made here depend on.
+    #[must_use]
+    pub fn platform(&self) -> Platform {
+        let (major, minor, micro) = self.version;
+        Platform {
+            vmm: "qemu".to_owned(),
+            version: format!("{major}.{minor}.{micro}"),
+            accelerator: self.accelerator,
+            cpu: match self.accelerator {
+                Accelerator::Tcg => "max".to_owned(),
+                Accelerator::Kvm => format!("host: {}", self.host_cpu),
+            },
+            // A fixed version of the machine, which later releases keep: paused sandboxes survive an upgrade of QEMU.
+            machine: "pc-i440fx-7.2".to_owned(),
+        }
+    }
+
+    /// From 8.2 on a private mapping's file can be opened read-only.
+    pub(crate) fn maps_read_only(&self) -> bool {
+        self.version >= (8, 2, 0)
+    }
+
+    fn command(&self, spec: &LaunchSpec<'_>) -> Command {
+        let booting = spec.boot.is_some();
+        let platform = self.platform();
+        let mut command = Command::new(&self.binary);
+        let mut arg = |flag: &str, value: String| {
+            command.arg(flag).arg(value);
+        };
+        arg("-machine", format!("{},acpi=off,memory-backend=ram0,suppress-vmdesc=on", platform.machine));
+        match self.accelerator {
+            // The translation cache is the largest part of an idle VM's private memory.
+            Accelerator::Tcg => {
+                arg("-accel", "tcg,thread=multi,tb-size=64".to_owned());
+                arg("-cpu", "max".to_owned());
+            }
+            Accelerator::Kvm => {
+                arg("-accel", "kvm".to_owned());
+                arg("-cpu", "host,migratable=on".to_owned());
+            }
+        }
+        arg("-smp", spec.shape.vcpus.to_string());
+        arg("-m", format!("{}M", spec.shape.memory_mb));
+        let sharing = match (booting, self.maps_read_only()) {
+            (true, _) => "share=on",
+            (false, true) => "share=off,readonly=on,rom=off",
+            (false, false) => "share=off",
+        };
+        arg(
+            "-object",
+            format!(
+                "memory-backend-file,id=ram0,size={}M,mem-path={},{sharing}",
+                spec.shape.memory_mb,
+                escape(&spec.memory.to_string_lossy())
+            ),
+        );
+        arg("-bios", "qboot.rom".to_owned());
+        arg("-display", "none".to_owned());
+        // A chatty guest writes into a socket that the agent reads, never into a file that grows.
+        arg("-chardev", format!("socket,id=con0,path={},server=on,wait=off", VmDir::CONSOLE));
+        arg("-serial", "chardev:con0".to_owned());
+        arg(
+            "-blockdev",
+            format!(
+                "driver=qcow2,node-name=disk0,discard=unmap,detect-zeroes=unmap,\
+                 file.driver=file,file.filename={},file.discard=unmap,file.locking=off",
+                VmDir::DISK
+            ),
+        );
+        // A full host disk must reach the guest as an error; the default would stop the VM behind everybody's back.
+        arg("-device", "virtio-blk-pci,drive=disk0,romfile=,werror=report,rerror=report".to_owned());
+        arg("-netdev", format!("stream,id=net0,server=on,addr.type=unix,addr.path={}", VmDir::NET));
+        arg("-device", format!("virtio-net-pci,netdev=net0,mac={},romfile=", net::GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":")));
+        arg("-qmp", format!("unix:{},server=on,wait=off", VmDir::QMP));
+        arg("-global", "migration.send-configuration=off".to_owned());
+        arg(
+            "-sandbox",
+            "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".to_owned(),
+        );
+        match &spec.boot {
+            Some(boot) => {
+                arg("-kernel", boot.kernel.to_string_lossy().into_owned());
+                arg("-initrd", boot.initramfs.to_string_lossy().into_owned());
+                arg("-append", boot.cmdline.to_owned());
+            }
+            None => {
+                arg("-incoming", "defer".to_owned());
+                command.arg("-S");
+            }
+        }
+        command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
+        command.current_dir(spec.dir.path());
+        if let Some(ids) = self.vm_ids {
+            use std::os::unix::process::CommandExt as _;
+            command.uid(ids.first_uid + spec.slot).gid(ids.gid);
+        }
+        command
+    }
+
+    /// Starts the process and greets it; nothing runs in the guest yet, unless it boots.
+    ///
+    /// # Errors
+    /// After an error nothing is left but the directory's files.
+    pub(crate) async fn launch(&self, spec: &LaunchSpec<'_>) -> Result<Launched> {
+        if let Some(ids) = self.vm_ids {
+            hand_over(spec.dir, ids.first_uid + spec.slot, ids.gid)?;
+        }
+        let log = spec.dir.vmm_log();
+        let stderr = std::fs::File::create(&log).at("create a log", &log)?;
+        let mut command = self.command(spec);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+        let process = VmmProcess::spawn(&mut command)?;
+        let mut launched = Launched {
+            vm: Vm { process, qmp: None, cgroup: self.cgroup.clone(), name: spec.name.to_owned() },
+            memory_bytes: u64::from(spec.shape.memory_mb) << 20,
+        };
+        let limits = Limits { memory_mb: spec.shape.memory_mb, disk_mb: spec.disk_mb };
+        let outcome = match self.cgroup.confine(spec.name, launched.vm.process.pid(), limits) {
+            Ok(()) => launched.greet(spec.dir).await,
+            Err(error) => Err(HostError::Vmm(format!("cannot limit the VM's process: {error}"))),
+        };
+        match outcome {
+            Ok(()) => Ok(launched),
+            Err(error) => {
+                launched.vm.kill().await;
+                let said = std::fs::read_to_string(&log).unwrap_or_default();
+                Err(match said.trim() {
+                    "" => error,
+                    said => HostError::Vmm(format!("{error}; QEMU said: {}", tail(said, 600))),
+                })
+            }
+        }
+    }
+
+    /// Takes over a VM that an earlier agent started.
+    pub(crate) async fn adopt(&self, name: &str, id: super::process::ProcessId, dir: &VmDir) -> Option<Vm> {
+        let process = VmmProcess::adopt(id)?;
+        let mut vm = Vm { process, qmp: None, cgroup: self.cgroup.clone(), name: name.to_owned() };
+        match connect_control(&mut vm.process, dir).await {
+            Ok(qmp) => {
+                vm.qmp = Some(qmp);
+                Some(vm)
+            }
+            Err(error) => {
+                tracing::warn!(vm = name, %error, "a VM found running does not answer; killing it");
+                vm.kill().await;
+                None
+            }
+        }
+    }
+}
+
+/// A process that is up with its memory mapped.
+#[derive(Debug)]
+pub(crate) struct Launched {
+    vm: Vm,
+    memory_bytes: u64,
+}
+
+impl Launched {
+    async fn greet(&mut self, dir: &VmDir) -> Result<()> {
+        self.vm.qmp = Some(connect_control(&mut self.vm.process, dir).await?);
+        Ok(())
+    }
+
+    /// The process's private view of the memory image it was started with.
+    pub(crate) fn memory(&self, image: &Path) -> Result<MappedMemory> {
+        MappedMemory::of_process(self.vm.process.pid(), image, self.memory_bytes).at("find the memory mapping of", image)
+    }
+
+    /// For a VM that boots: it runs already.
+    pub(crate) fn booted(self) -> Vm {
+        self.vm
+    }
+
+    /// Loads the device state; the guest is stopped at the instruction where it was saved.
+    pub(crate) async fn load(mut self, dir: &VmDir, state: &Path) -> Result<Vm> {
+        match self.vm.load(dir, state).await {
+            Ok(()) => Ok(self.vm),
+            Err(error) => {
+                self.vm.kill().await;
+                Err(error)
+            }
+        }
+    }
+
+    /// Undo.
+    pub(crate) async fn kill(mut self) {
+        self.vm.kill().await;
+    }
+}
+
+/// A VM with all its devices.
+#[derive(Debug)]
+pub(crate) struct Vm {
+    process: VmmProcess,
+    qmp: Option<Qmp>,
+    cgroup: MemoryCgroup,
+    name: String,
+}
+
+impl Vm {
+    fn qmp(&mut self) -> Result<&mut Qmp> {
+        self.qmp.as_mut().ok_or_else(|| HostError::Vmm("its control socket is gone".to_owned()))
+    }
+
+    pub(crate) fn process_id(&self) -> super::process::ProcessId {
+        self.process.id()
+    }
+
+    async fn load(&mut self, dir: &VmDir, state: &Path) -> Result<()> {
+        // Through a socket rather than QEMU's `file:`, which releases before 8.2 lack; and so QEMU needs no access
+        // to the template's folder for it.
+        let bytes = std::fs::read(state).at("read", state)?;
+        self.qmp()?
+            .execute("migrate-incoming", json!({ "uri": format!("unix:{}", VmDir::INCOMING) }))
+            .await?;
+        let mut stream = connect_in(dir, VmDir::INCOMING)
+            .await
+            .map_err(|error| HostError::Vmm(format!("QEMU does not take its device state: {error}")))?;
+        // A failure to write shows in the status below, with QEMU's reason in its log.
+        let _ = tokio::io::AsyncWriteExt::write_all(&mut stream, &bytes).await;
+        drop(stream);
+        let started = Instant::now();
+        loop {
+            let status = self.status().await?;
+            match status.as_str() {
+                "inmigrate" if started.elapsed() < Duration::from_secs(60) => {
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                "paused" | "prelaunch" => break,
+                other => {
+                    return Err(HostError::Vmm(format!("loading the device state ended in status '{other}'")));
+                }
+            }
+        }
+        let socket = dir.path().join(VmDir::INCOMING);
+        std::fs::remove_file(&socket).at("remove", socket)
+    }
+
+    async fn status(&mut self) -> Result<String> {
+        let answer = self.qmp()?.execute("query-status", json!({})).await?;
+        Ok(answer.get("status").and_then(|status| status.as_str()).unwrap_or_default().to_owned())
+    }
+
+    /// Lets the guest run.
+    pub(crate) async fn cont(&mut self) -> Result<()> {
+        self.qmp()?.execute("cont", json!({})).await.map(drop)
+    }
+
+    /// Stops the guest between two instructions, after its disk writes in flight.
+    pub(crate) async fn stop(&mut self) -> Result<()> {
+        self.qmp()?.execute("stop", json!({})).await.map(drop)
+    }
+
+    /// Whether the guest runs (an adopted VM may have been stopped in the middle of something).
+    pub(crate) async fn is_running(&mut self) -> Result<bool> {
+        Ok(self.status().await? == "running")
+    }
+
+    /// Writes the device state of a stopped guest into its own directory under `file`.
+    pub(crate) async fn save_state(&mut self, file: &str) -> Result<()> {
+        self.qmp()?
+            .execute("xen-save-devices-state", json!({ "filename": file, "live": true }))
+            .await
+            .map(drop)
+    }
+
+    /// Grows the guest's disk; the guest learns of it at once.
+    pub(crate) async fn resize_disk(&mut self, bytes: u64) -> Result<()> {
+        self.qmp()?.execute("block_resize", json!({ "node-name": "disk0", "size": bytes })).await.map(drop)
+    }
+
+    /// The process's view of the image it was started with.
+    pub(crate) fn memory(&self, image: &Path, shape: Shape) -> Result<MappedMemory> {
+        MappedMemory::of_process(self.process.pid(), image, u64::from(shape.memory_mb) << 20)
+            .at("find the memory mapping of", image)
+    }
+
+    /// Waits for the end of the process.
+    pub(crate) async fn exited(&mut self) -> super::process::Exit {
+        self.process.exited().await
+    }
+
+    /// Removes the memory group of a process that has ended by itself.
+    pub(crate) fn forget_cgroup(&self) {
+        self.cgroup.remove(&self.name);
+    }
+
+    /// Ends the process and removes its memory group; the disk is left as the guest left it.
+    pub(crate) async fn kill(&mut self) {
+        self.process.kill().await;
+        self.cgroup.remove(&self.name);
+    }
+}
+
+/// Connects to a socket in a VM's directory, whatever the length of the directory's path.
+pub(crate) async fn connect_in(dir: &VmDir, socket: &str) -> std::io::Result<UnixStream> {
+    use std::os::fd::AsRawFd as _;
+    // A socket address holds 108 bytes; the descriptor's name under /proc is short.
+    let directory = rustix::fs::open(dir.path(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    UnixStream::connect(format!("/proc/self/fd/{}/{socket}", directory.as_raw_fd())).await
+}
+
+async fn connect_control(process: &mut VmmProcess, dir: &VmDir) -> Result<Qmp> {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    let stream = loop {
+        match connect_in(dir, VmDir::QMP).await {
+            Ok(stream) => break stream,
+            Err(error) if Instant::now() > deadline => {
+                return Err(HostError::Vmm(format!("QEMU's control socket does not appear: {error}")));
+            }
+            Err(_) => {}
+        }
+        tokio::select! {
+            exit = process.exited() => return Err(HostError::Vmm(format!("QEMU ended at its start ({exit})"))),
+            () = tokio::time::sleep(Duration::from_millis(2)) => {}
+        }
+    };
+    Qmp::handshake(stream).await
+}
+
+/// Gives a VM's directory and disk to its user.
+fn hand_over(dir: &VmDir, uid: u32, gid: u32) -> Result<()> {
+    use std::os::unix::fs::PermissionsExt as _;
+    for path in [dir.path().to_path_buf(), dir.disk()] {
+        match std::os::unix::fs::chown(&path, Some(uid), Some(gid)) {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
+            result => result.at("hand over to the VM's user", &path)?,
+        }
+        let mode = if path == dir.path() { 0o700 } else { 0o600 };
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).at("protect", &path)?;
+    }
+    Ok(())
+}
+
+/// A comma ends an option's value unless doubled.
+fn escape(value: &str) -> String {
+    value.replace(',', ",,")
+}
+
+fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
+    let version = text.split_once("version ")?.1;
+    let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+    Some((numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.unwrap_or(0)))
+}
+
+/// The last `limit` bytes, from a character's start on.
+pub(crate) fn tail(text: &str, limit: usize) -> &str {
+    let mut start = text.len().saturating_sub(limit);
+    while !text.is_char_boundary(start) {
+        start += 1;
+    }
+    &text[start..]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read() {
+        assert_eq!(parse_version("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)"), Some((10, 0, 2)));
+        assert_eq!(parse_version("QEMU emulator version 7.2.22 (Debian)"), Some((7, 2, 22)));
+        assert_eq!(parse_version("nonsense"), None);
+    }
+
+    #[test]
+    fn tails_start_at_characters() {
+        assert_eq!(tail("aé", 1), "");
+        assert_eq!(tail("aé", 2), "é");
+        assert_eq!(tail("aé", 9), "aé");
+    }
+}

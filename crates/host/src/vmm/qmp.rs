@@ -1,0 +1,89 @@
+//! A client of QEMU's machine protocol (QMP): JSON lines over a Unix socket.
+//! Source: QEMU's `docs/interop/qmp-spec.rst`.
+
+use std::time::Duration;
+
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::UnixStream;
+use tokio::net::unix::{OwnedReadHalf, OwnedWriteHalf};
+
+use crate::error::{HostError, Result};
+
+/// One answer or event is never longer; QEMU itself is not trusted to be well once its guest had a way in.
+const MAX_LINE: u64 = 4 << 20;
+
+#[derive(Deserialize)]
+struct Message {
+    #[serde(rename = "return")]
+    ok: Option<Value>,
+    error: Option<QmpError>,
+}
+
+#[derive(Deserialize)]
+struct QmpError {
+    desc: String,
+}
+
+/// A connection to one QEMU. There is one owner: the VM's driver.
+#[derive(Debug)]
+pub(crate) struct Qmp {
+    reader: BufReader<OwnedReadHalf>,
+    writer: OwnedWriteHalf,
+}
+
+impl Qmp {
+    /// Takes a fresh connection through the greeting.
+    pub(crate) async fn handshake(stream: UnixStream) -> Result<Self> {
+        let (reader, writer) = stream.into_split();
+        let mut qmp = Self { reader: BufReader::new(reader), writer };
+        // QEMU's main loop greets once it runs, which is after all devices are made.
+        tokio::time::timeout(Duration::from_secs(30), qmp.read_line())
+            .await
+            .map_err(|_| HostError::Vmm("QEMU did not greet within 30 s".to_owned()))??;
+        qmp.execute("qmp_capabilities", json!({})).await?;
+        Ok(qmp)
+    }
+
+    /// Runs a command; 30 s without an answer is an error.
+    pub(crate) async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
+        self.execute_within(command, arguments, Duration::from_secs(30)).await
+    }
+
+    async fn execute_within(&mut self, command: &str, arguments: Value, limit: Duration) -> Result<Value> {
+        let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
+        line.push('\n');
+        let answer = async {
+            self.writer.write_all(line.as_bytes()).await.map_err(|error| lost(&error))?;
+            loop {
+                let message: Message = serde_json::from_slice(&self.read_line().await?)
+                    .map_err(|error| HostError::Vmm(format!("QEMU sent what is not QMP: {error}")))?;
+                match message {
+                    Message { ok: Some(value), .. } => return Ok(value),
+                    Message { error: Some(error), .. } => {
+                        return Err(HostError::Vmm(format!("QEMU refused {command}: {}", error.desc)));
+                    }
+                    // An event; the driver learns what it must know by asking.
+                    Message { .. } => {}
+                }
+            }
+        };
+        tokio::time::timeout(limit, answer)
+            .await
+            .map_err(|_| HostError::Vmm(format!("QEMU did not answer {command} within {} s", limit.as_secs())))?
+    }
+
+    async fn read_line(&mut self) -> Result<Vec<u8>> {
+        let mut line = Vec::new();
+        (&mut self.reader).take(MAX_LINE).read_until(b'\n', &mut line).await.map_err(|error| lost(&error))?;
+        if line.last() != Some(&b'\n') {
+            return Err(HostError::Vmm("QEMU closed its control socket".to_owned()));
+        }
+        Ok(line)
+    }
+}
+
+fn lost(error: &std::io::Error) -> HostError {
+    HostError::Vmm(format!("lost QEMU's control socket: {error}"))
+}
