@@ -128,6 +128,7 @@ impl Services {
     pub(crate) async fn heartbeat(&self, host: &Host, body: Heartbeat) -> Result<()> {
         let Heartbeat {
             version,
+            address,
             memory_available_mb,
             disk_available_mb,
             templates,
@@ -157,6 +158,14 @@ impl Services {
             .store
             .host_heartbeat(host.id, &version, memory_available_mb, disk_available_mb)
             .await?;
+        if let Some(address) = address {
+            let address = agent_address(&address)?;
+            if address != host.address {
+                self.store.host_moved(host.id, &address).await?;
+                tracing::info!(host = %host.id, address, "a host's agent has a new address");
+                self.poke();
+            }
+        }
         if back {
             tracing::info!(host = %host.id, "a host is back");
             self.poke();

@@ -250,6 +250,17 @@ impl Store {
         Ok(back.rows_affected > 0)
     }
 
+    /// The agent listens elsewhere now.
+    pub(crate) async fn host_moved(&self, id: HostId, address: &str) -> Result<(), DbErr> {
+        host::Entity::update_many()
+            .col_expr(host::Column::Address, address.into())
+            .col_expr(host::Column::UpdatedAt, now().into())
+            .filter(host::Column::Id.eq(id.0))
+            .exec(&self.db)
+            .await
+            .map(drop)
+    }
+
     /// Marks online and draining hosts unreachable whose last heartbeat is older; returns them.
     pub(crate) async fn hosts_fall_silent(&self, heard_before: Millis) -> Result<Vec<HostId>, DbErr> {
         let alive = [HostStatus::Online.as_str(), HostStatus::Draining.as_str()];

@@ -1,0 +1,214 @@
+//! A running control plane with a simulated host, for tests over real HTTP.
+#![allow(dead_code, reason = "each test binary uses its part")]
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+use tokio::net::TcpListener;
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+use wrenn_control::{ControlConfig, ControlPlane};
+use wrenn_proto::id::SandboxId;
+use wrenn_testkit::simhost::SimHost;
+
+/// Longest that anything in these tests may take.
+pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// One running control plane.
+pub struct Running {
+    pub control: ControlPlane,
+    pub url: String,
+    stop: Option<oneshot::Sender<()>>,
+    served: JoinHandle<wrenn_control::Result<()>>,
+}
+
+/// A control plane, a host and a team.
+pub struct World {
+    pub running: Running,
+    pub host: SimHost,
+    pub key: String,
+    pub http: reqwest::Client,
+    config: ControlConfig,
+    // Last, so that it outlives what uses it.
+    _dir: tempfile::TempDir,
+}
+
+pub async fn start(config: ControlConfig) -> Running {
+    let control = ControlPlane::builder(config)
+        .build()
+        .await
+        .expect("the control plane builds");
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a free port");
+    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    let (stop, stopped) = oneshot::channel();
+    let served = tokio::spawn(control.clone().run(vec![listener], async move {
+        let _ = stopped.await;
+    }));
+    Running {
+        control,
+        url,
+        stop: Some(stop),
+        served,
+    }
+}
+
+impl Running {
+    pub async fn stop(mut self) {
+        if let Some(stop) = self.stop.take() {
+            let _ = stop.send(());
+        }
+        tokio::time::timeout(DEADLINE, self.served)
+            .await
+            .expect("shutdown ends")
+            .expect("no panic")
+            .expect("a clean end");
+    }
+}
+
+impl World {
+    /// With the template ready on the host.
+    pub async fn new() -> Self {
+        let world = Self::cold().await;
+        world.host.heartbeat().await;
+        world
+    }
+
+    /// With a registered host that has not sent a heartbeat yet.
+    pub async fn cold() -> Self {
+        let dir = tempfile::tempdir().expect("a directory");
+        let mut config = ControlConfig::new(dir.path());
+        // The tests step the monitor by hand.
+        config.timings.monitor_interval = Duration::from_secs(3600);
+        config.timings.transient_age = Duration::ZERO;
+        config.timings.orphan_grace = Duration::ZERO;
+        config.timings.shutdown_grace = Duration::from_millis(200);
+        config.timings.pty_ping = Duration::from_millis(300);
+        let running = start(config.clone()).await;
+        let bootstrap = running
+            .control
+            .bootstrap()
+            .await
+            .expect("bootstrap")
+            .expect("the first start");
+        let token = running.control.issue_host_token(None).await.expect("a token");
+        let mut host = SimHost::start(&running.url).await;
+        host.register(&token.token).await;
+        Self {
+            running,
+            host,
+            key: bootstrap.api_key,
+            http: reqwest::Client::new(),
+            config,
+            _dir: dir,
+        }
+    }
+
+    /// Stops the control plane as a crash would: operations under way are dropped where they are.
+    pub async fn restart(self) -> Self {
+        self.restart_with(|_| {}).await
+    }
+
+    pub async fn restart_with(self, change: impl FnOnce(&mut ControlConfig)) -> Self {
+        let Self {
+            running,
+            mut host,
+            key,
+            http,
+            mut config,
+            _dir,
+        } = self;
+        running.stop().await;
+        change(&mut config);
+        let running = start(config.clone()).await;
+        host.set_control(&running.url);
+        Self {
+            running,
+            host,
+            key,
+            http,
+            config,
+            _dir,
+        }
+    }
+
+    pub fn url(&self, path: &str) -> String {
+        format!("{}{path}", self.running.url)
+    }
+
+    pub fn request(&self, method: &str, path: &str) -> reqwest::RequestBuilder {
+        let method = reqwest::Method::from_bytes(method.as_bytes()).expect("a method");
+        self.http
+            .request(method, self.url(path))
+            .header("x-api-key", &self.key)
+            .timeout(DEADLINE)
+    }
+
+    /// Sends a request; returns the status and the JSON body (or null).
+    pub async fn call(&self, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+        let mut request = self.request(method, path);
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        answer(request).await
+    }
+
+    pub async fn get(&self, path: &str) -> (u16, Value) {
+        self.call("GET", path, None).await
+    }
+
+    pub async fn post(&self, path: &str, body: Value) -> (u16, Value) {
+        self.call("POST", path, Some(body)).await
+    }
+
+    /// A sandbox that runs.
+    pub async fn sandbox(&self) -> String {
+        let (status, body) = self.post("/v1/sandboxes?wait=20", json!({})).await;
+        assert_eq!(
+            (status, body["status"].as_str()),
+            (201, Some("running")),
+            "{body}"
+        );
+        body["id"].as_str().expect("an id").to_owned()
+    }
+
+    /// Waits until a sandbox settles and returns its status.
+    pub async fn settled(&self, id: &str) -> String {
+        let (status, body) = self.get(&format!("/v1/sandboxes/{id}?wait=20")).await;
+        assert_eq!(status, 200, "{body}");
+        body["status"].as_str().expect("a status").to_owned()
+    }
+
+    /// Waits until a sandbox has a status, whatever it goes through before.
+    pub async fn until(&self, id: &str, status: &str) -> Value {
+        let deadline = tokio::time::Instant::now() + DEADLINE;
+        loop {
+            let (_, body) = self.get(&format!("/v1/sandboxes/{id}?wait=1")).await;
+            if body["status"] == status {
+                return body;
+            }
+            assert!(tokio::time::Instant::now() < deadline, "never {status}: {body}");
+            tokio::task::yield_now().await;
+        }
+    }
+}
+
+pub fn id(text: &str) -> SandboxId {
+    text.parse().expect("a sandbox id")
+}
+
+pub async fn answer(request: reqwest::RequestBuilder) -> (u16, Value) {
+    let response = request.send().await.expect("an answer");
+    let status = response.status().as_u16();
+    let text = response.text().await.expect("a body");
+    (status, serde_json::from_str(&text).unwrap_or(Value::Null))
+}
+
+/// The code of an error body.
+pub fn code(body: &Value) -> &str {
+    body["error"]["code"].as_str().unwrap_or_default()
+}
+
+/// The text of an error body.
+pub fn message(body: &Value) -> &str {
+    body["error"]["message"].as_str().unwrap_or_default()
+}

@@ -1,0 +1,496 @@
+//! A sandbox's life through the API, with a simulated host that the test steps.
+
+mod common;
+
+use common::{World, code, id, message};
+use connectrpc::ConnectError;
+use serde_json::json;
+use wrenn_proto::rest::SandboxStatus;
+use wrenn_testkit::simhost::{Call, SimSandbox, SimState};
+
+#[tokio::test]
+async fn a_sandbox_lives_and_ends() {
+    let world = World::new().await;
+    world.host.hold(Call::Create);
+    let (status, body) = world
+        .post(
+            "/v1/sandboxes",
+            json!({"metadata": {"job": "7"}, "envs": {"A": "b"}, "timeout_sec": 60}),
+        )
+        .await;
+    assert_eq!(status, 202, "{body}");
+    assert_eq!(body["status"], "pending");
+    assert_eq!(
+        (
+            &body["template"],
+            &body["vcpus"],
+            &body["memory_mb"],
+            &body["disk_size_mb"]
+        ),
+        (&json!("minimal"), &json!(1), &json!(512), &json!(20480))
+    );
+    assert!(
+        body["created_at"].as_str().is_some_and(|at| at.ends_with('Z')),
+        "{body}"
+    );
+    let sandbox = body["id"].as_str().expect("an id").to_owned();
+    world.host.wait_arrived(Call::Create, 1).await;
+    let (_, body) = world.get(&format!("/v1/sandboxes/{sandbox}")).await;
+    assert_eq!(body["status"], "starting");
+    // A short wait ends with the operation still under way.
+    let (status, body) = world
+        .call("GET", &format!("/v1/sandboxes/{sandbox}?wait=0"), None)
+        .await;
+    assert_eq!((status, &body["status"]), (200, &json!("starting")));
+    world.host.release(Call::Create);
+    assert_eq!(world.settled(&sandbox).await, "running");
+    world.host.with(|model| {
+        let made = &model.sandboxes[&id(&sandbox)];
+        assert_eq!(made.request.envs.get("A").map(String::as_str), Some("b"));
+        assert_eq!(made.request.timeout_sec, 60);
+        assert!(made.generation > 0);
+    });
+
+    for (operation, settled) in [("pause", "paused"), ("resume", "running")] {
+        let (status, body) = world
+            .post(&format!("/v1/sandboxes/{sandbox}/{operation}?wait=20"), json!({}))
+            .await;
+        assert_eq!((status, body["status"].as_str()), (200, Some(settled)), "{body}");
+    }
+    let (status, body) = world
+        .call("DELETE", &format!("/v1/sandboxes/{sandbox}?wait=20"), None)
+        .await;
+    assert_eq!(
+        (status, body["status"].as_str()),
+        (200, Some("stopped")),
+        "{body}"
+    );
+    assert!(world.host.with(|model| model.sandboxes.is_empty()));
+
+    // It is still found, listed only when asked for, and has no metrics any more.
+    let (status, body) = world.get(&format!("/v1/sandboxes/{sandbox}")).await;
+    assert_eq!((status, body["status"].as_str()), (200, Some("stopped")));
+    assert_eq!(body["metadata"], json!({"job": "7"}));
+    assert_eq!(world.get("/v1/sandboxes").await.1, json!([]));
+    for query in ["all=true", "status=stopped", "status=running,stopped"] {
+        let (_, body) = world.get(&format!("/v1/sandboxes?{query}")).await;
+        assert_eq!(body[0]["id"], json!(sandbox), "{query}");
+    }
+    assert_eq!(
+        world.get(&format!("/v1/sandboxes/{sandbox}/metrics")).await.0,
+        404
+    );
+    // Destroying twice is harmless.
+    assert_eq!(
+        world
+            .call("DELETE", &format!("/v1/sandboxes/{sandbox}"), None)
+            .await
+            .0,
+        202
+    );
+}
+
+#[tokio::test]
+async fn wrong_states_are_named() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    let (status, body) = world
+        .post(&format!("/v1/sandboxes/{sandbox}/resume"), json!({}))
+        .await;
+    assert_eq!((status, code(&body)), (409, "invalid_state"));
+    assert!(message(&body).contains("running"), "{body}");
+    world
+        .post(&format!("/v1/sandboxes/{sandbox}/pause?wait=20"), json!({}))
+        .await;
+    for (path, body) in [
+        ("exec", json!({"cmd": "echo"})),
+        ("ping", json!({})),
+        ("pause", json!({})),
+        ("files/list", json!({"path": "/tmp"})),
+        ("files/read", json!({"path": "/tmp/x"})),
+    ] {
+        let (status, body) = world.post(&format!("/v1/sandboxes/{sandbox}/{path}"), body).await;
+        assert_eq!((status, code(&body)), (409, "invalid_state"), "{path}: {body}");
+        assert!(message(&body).contains("paused"), "{path}: {body}");
+    }
+}
+
+#[tokio::test]
+async fn of_many_pauses_at_once_one_wins() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    world.host.hold(Call::Pause);
+    let path = format!("/v1/sandboxes/{sandbox}/pause");
+    let answers = futures::future::join_all((0..8).map(|_| world.post(&path, json!({})))).await;
+    let accepted = answers.iter().filter(|(status, _)| *status == 202).count();
+    let refused = answers
+        .iter()
+        .filter(|(status, body)| *status == 409 && code(body) == "invalid_state")
+        .count();
+    assert_eq!((accepted, refused), (1, 7), "{answers:?}");
+    world.host.release(Call::Pause);
+    assert_eq!(world.settled(&sandbox).await, "paused");
+    assert_eq!(world.host.arrived(Call::Pause), 1);
+}
+
+#[tokio::test]
+async fn destroy_overtakes_a_pause_and_a_create() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    world.host.hold(Call::Pause);
+    world
+        .post(&format!("/v1/sandboxes/{sandbox}/pause"), json!({}))
+        .await;
+    world.host.wait_arrived(Call::Pause, 1).await;
+    let (status, body) = world
+        .call("DELETE", &format!("/v1/sandboxes/{sandbox}?wait=20"), None)
+        .await;
+    assert_eq!(
+        (status, body["status"].as_str()),
+        (200, Some("stopped")),
+        "{body}"
+    );
+    world.host.release(Call::Pause);
+
+    // The destroy finds nothing on the host yet; the create that comes after it is undone.
+    world.host.hold(Call::Create);
+    let (_, body) = world.post("/v1/sandboxes", json!({})).await;
+    let sandbox = body["id"].as_str().expect("an id").to_owned();
+    world.host.wait_arrived(Call::Create, 2).await;
+    let (status, body) = world
+        .call("DELETE", &format!("/v1/sandboxes/{sandbox}?wait=20"), None)
+        .await;
+    assert_eq!(
+        (status, body["status"].as_str()),
+        (200, Some("stopped")),
+        "{body}"
+    );
+    let destroys = world.host.arrived(Call::Destroy);
+    world.host.release(Call::Create);
+    world.host.wait_arrived(Call::Destroy, destroys + 1).await;
+    // The call has arrived; the monitor's pass comes behind it on the same host and finds nothing left.
+    world.running.control.reconcile().await.expect("a pass");
+    assert!(world.host.with(|model| model.sandboxes.is_empty()));
+    assert_eq!(world.settled(&sandbox).await, "stopped");
+}
+
+#[tokio::test]
+async fn failures_are_told_and_leave_a_true_status() {
+    let world = World::new().await;
+    // A create that fails for good.
+    world
+        .host
+        .fail(Call::Create, ConnectError::internal("the disk is broken"));
+    let (status, body) = world.post("/v1/sandboxes?wait=20", json!({})).await;
+    assert_eq!((status, body["status"].as_str()), (201, Some("error")), "{body}");
+    assert_eq!(body["error"]["message"], "the disk is broken");
+
+    // A resume without room: told to who waits, and the sandbox stays paused.
+    let sandbox = world.sandbox().await;
+    world
+        .post(&format!("/v1/sandboxes/{sandbox}/pause?wait=20"), json!({}))
+        .await;
+    world
+        .host
+        .fail(Call::Resume, ConnectError::resource_exhausted("no memory left"));
+    let (status, body) = world
+        .post(&format!("/v1/sandboxes/{sandbox}/resume?wait=20"), json!({}))
+        .await;
+    assert_eq!(
+        (status, code(&body), message(&body)),
+        (503, "no_capacity", "no memory left")
+    );
+    assert_eq!(world.settled(&sandbox).await, "paused");
+    let (status, body) = world
+        .post(&format!("/v1/sandboxes/{sandbox}/resume?wait=20"), json!({}))
+        .await;
+    assert_eq!(
+        (status, body["status"].as_str()),
+        (200, Some("running")),
+        "{body}"
+    );
+
+    // A pause that fails leaves it running.
+    world
+        .host
+        .fail(Call::Pause, ConnectError::internal("cannot save"));
+    let (status, body) = world
+        .post(&format!("/v1/sandboxes/{sandbox}/pause?wait=20"), json!({}))
+        .await;
+    assert_eq!((status, code(&body)), (502, "agent_error"), "{body}");
+    assert_eq!(world.settled(&sandbox).await, "running");
+}
+
+#[tokio::test]
+async fn no_capacity_is_known_before_anything_starts() {
+    let world = World::cold().await;
+    world
+        .host
+        .heartbeat_with(8192, wrenn_proto::rest::TemplateStatus::Building)
+        .await;
+    let (status, body) = world.post("/v1/sandboxes", json!({})).await;
+    assert_eq!((status, code(&body)), (409, "invalid_state"), "{body}");
+    assert!(
+        message(&body).contains("42") && message(&body).contains("installing packages"),
+        "{body}"
+    );
+
+    world
+        .host
+        .heartbeat_with(600, wrenn_proto::rest::TemplateStatus::Ready)
+        .await;
+    let (status, body) = world.post("/v1/sandboxes", json!({"memory_mb": 1024})).await;
+    assert_eq!((status, code(&body)), (503, "no_capacity"), "{body}");
+    // What is on its way counts.
+    world.host.hold(Call::Create);
+    assert_eq!(world.post("/v1/sandboxes", json!({})).await.0, 202);
+    let (status, body) = world.post("/v1/sandboxes", json!({})).await;
+    assert_eq!((status, code(&body)), (503, "no_capacity"), "{body}");
+    assert_eq!(
+        world
+            .get("/v1/sandboxes?all=true")
+            .await
+            .1
+            .as_array()
+            .map(Vec::len),
+        Some(1)
+    );
+    world.host.release(Call::Create);
+}
+
+#[tokio::test]
+async fn a_full_host_passes_a_start_on() {
+    let world = World::new().await;
+    let token = world
+        .running
+        .control
+        .issue_host_token(None)
+        .await
+        .expect("a token");
+    let mut second = wrenn_testkit::simhost::SimHost::start(&world.running.url).await;
+    second.register(&token.token).await;
+    second.heartbeat().await;
+    for host in [&world.host, &second] {
+        host.fail(Call::Create, ConnectError::resource_exhausted("full"));
+    }
+    // Whichever is asked first refuses; the other refuses too, and then there is nobody left.
+    let (_, body) = world.post("/v1/sandboxes?wait=20", json!({})).await;
+    assert_eq!(
+        (body["status"].as_str(), body["error"]["message"].as_str()),
+        (Some("error"), Some("full")),
+        "{body}"
+    );
+    // One refusal is not the end.
+    world
+        .host
+        .fail(Call::Create, ConnectError::resource_exhausted("full"));
+    for _ in 0..2 {
+        let (_, body) = world.post("/v1/sandboxes?wait=20", json!({})).await;
+        assert_eq!(body["status"], "running", "{body}");
+    }
+    assert_eq!(
+        second.with(|model| model.sandboxes.len()) + world.host.with(|model| model.sandboxes.len()),
+        2
+    );
+}
+
+#[tokio::test]
+async fn a_restart_in_the_middle_loses_nothing() {
+    for call in [Call::Create, Call::Pause, Call::Resume, Call::Destroy] {
+        let world = World::new().await;
+        let sandbox = if call == Call::Create {
+            world.host.hold(call);
+            let (_, body) = world.post("/v1/sandboxes", json!({"envs": {"A": "b"}})).await;
+            body["id"].as_str().expect("an id").to_owned()
+        } else {
+            let sandbox = world.sandbox().await;
+            if call == Call::Resume {
+                world
+                    .post(&format!("/v1/sandboxes/{sandbox}/pause?wait=20"), json!({}))
+                    .await;
+            }
+            world.host.hold(call);
+            let accepted = match call {
+                Call::Pause => {
+                    world
+                        .post(&format!("/v1/sandboxes/{sandbox}/pause"), json!({}))
+                        .await
+                }
+                Call::Resume => {
+                    world
+                        .post(&format!("/v1/sandboxes/{sandbox}/resume"), json!({}))
+                        .await
+                }
+                _ => {
+                    world
+                        .call("DELETE", &format!("/v1/sandboxes/{sandbox}"), None)
+                        .await
+                }
+            };
+            assert_eq!(accepted.0, 202);
+            sandbox
+        };
+        world.host.wait_arrived(call, 1).await;
+        let world = world.restart().await;
+        world.host.release(call);
+        let expected = match call {
+            Call::Create | Call::Resume => "running",
+            Call::Pause => "paused",
+            _ => "stopped",
+        };
+        assert_eq!(world.settled(&sandbox).await, expected, "{call:?}");
+        assert_eq!(
+            world.host.with(|model| model.sandboxes.len()),
+            usize::from(call != Call::Destroy),
+            "{call:?}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn what_happens_on_the_host_is_taken_over_and_stale_news_are_not() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    let generation = world.host.with(|model| model.sandboxes[&id(&sandbox)].generation);
+    // Its time ran out: paused on the host.
+    world
+        .host
+        .with(|model| model.sandboxes.get_mut(&id(&sandbox)).expect("there").state = SimState::Paused);
+    world
+        .host
+        .event(id(&sandbox), generation, SandboxStatus::Paused, "ttl_expired")
+        .await;
+    assert_eq!(world.settled(&sandbox).await, "paused");
+    // Resumed since: the same news again are stale.
+    world
+        .post(&format!("/v1/sandboxes/{sandbox}/resume?wait=20"), json!({}))
+        .await;
+    world
+        .host
+        .event(id(&sandbox), generation, SandboxStatus::Paused, "ttl_expired")
+        .await;
+    assert_eq!(world.settled(&sandbox).await, "running");
+    // Its VM dies.
+    world
+        .host
+        .event(id(&sandbox), generation + 2, SandboxStatus::Error, "vmm_exited")
+        .await;
+    let (_, body) = world.get(&format!("/v1/sandboxes/{sandbox}")).await;
+    assert_eq!(body["status"], "error", "{body}");
+    assert_eq!(
+        body["error"],
+        json!({"message": "the VM died", "console": "kernel panic"})
+    );
+    // Only destroy leads out.
+    let (status, body) = world
+        .post(&format!("/v1/sandboxes/{sandbox}/resume"), json!({}))
+        .await;
+    assert_eq!((status, code(&body)), (409, "invalid_state"));
+    assert!(message(&body).contains("error"), "{body}");
+    let (_, body) = world
+        .call("DELETE", &format!("/v1/sandboxes/{sandbox}?wait=20"), None)
+        .await;
+    assert_eq!(body["status"], "stopped");
+    // News of unknown sandboxes and odd ids are dropped, not refused.
+    world
+        .host
+        .event(
+            wrenn_proto::id::SandboxId::new(),
+            1,
+            SandboxStatus::Paused,
+            "ttl_expired",
+        )
+        .await;
+}
+
+#[tokio::test]
+async fn a_silent_host_makes_its_sandboxes_missing_until_it_is_back() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    let paused = world.sandbox().await;
+    world
+        .post(&format!("/v1/sandboxes/{paused}/pause?wait=20"), json!({}))
+        .await;
+    let mut world = world
+        .restart_with(|config| config.timings.host_silence = std::time::Duration::ZERO)
+        .await;
+    world.host.disconnect();
+    let pass = world.running.control.reconcile().await.expect("a pass");
+    assert_eq!((pass.hosts_lost, pass.sandboxes_missing), (1, 2), "{pass:?}");
+    for id in [&sandbox, &paused] {
+        assert_eq!(world.settled(id).await, "missing");
+    }
+    let (status, body) = world
+        .post(&format!("/v1/sandboxes/{sandbox}/exec"), json!({"cmd": "echo"}))
+        .await;
+    assert_eq!((status, code(&body)), (409, "invalid_state"), "{body}");
+    let (status, body) = world.post("/v1/sandboxes", json!({})).await;
+    assert_eq!((status, code(&body)), (503, "no_capacity"), "{body}");
+
+    let mut world = world
+        .restart_with(|config| config.timings.host_silence = std::time::Duration::from_secs(90))
+        .await;
+    world.host.reconnect().await;
+    world.host.heartbeat().await;
+    // The heartbeat poked the monitor.
+    world.until(&sandbox, "running").await;
+    world.until(&paused, "paused").await;
+}
+
+#[tokio::test]
+async fn the_monitor_heals_what_the_host_knows_better() {
+    let world = World::new().await;
+    let (lost, died, slept) = (
+        world.sandbox().await,
+        world.sandbox().await,
+        world.sandbox().await,
+    );
+    let orphan = wrenn_proto::id::SandboxId::new();
+    world.host.with(|model| {
+        model.sandboxes.remove(&id(&lost));
+        model.sandboxes.get_mut(&id(&died)).expect("there").state = SimState::Error;
+        model.sandboxes.get_mut(&id(&slept)).expect("there").state = SimState::Paused;
+        model.sandboxes.insert(orphan, SimSandbox::stray(0));
+    });
+    let pass = world.running.control.reconcile().await.expect("a pass");
+    assert_eq!(
+        (pass.sandboxes_corrected, pass.orphans_destroyed),
+        (3, 1),
+        "{pass:?}"
+    );
+    assert_eq!(world.settled(&lost).await, "error");
+    assert_eq!(world.settled(&died).await, "error");
+    assert_eq!(world.settled(&slept).await, "paused");
+    assert!(!world.host.with(|model| model.sandboxes.contains_key(&orphan)));
+    // A second pass finds nothing to do.
+    let pass = world.running.control.reconcile().await.expect("a pass");
+    assert_eq!(
+        (pass.sandboxes_corrected, pass.orphans_destroyed),
+        (0, 0),
+        "{pass:?}"
+    );
+}
+
+#[tokio::test]
+async fn an_operation_without_an_answer_is_taken_up_again() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    world
+        .host
+        .fail(Call::Pause, ConnectError::unavailable("going down"));
+    world
+        .post(&format!("/v1/sandboxes/{sandbox}/pause"), json!({}))
+        .await;
+    world.host.wait_arrived(Call::Pause, 1).await;
+    let mut seen = 0;
+    while seen == 0 {
+        seen = world
+            .running
+            .control
+            .reconcile()
+            .await
+            .expect("a pass")
+            .operations_resumed;
+    }
+    assert_eq!(world.until(&sandbox, "paused").await["status"], "paused");
+}
