@@ -93,6 +93,7 @@ impl ExecStream {
         let (reader, writer) = socket::open(
             sandbox.client(),
             &["v1", "sandboxes", sandbox.id(), "exec", "stream"],
+            &[],
         )
         .await?;
         let start = ClientFrame::Start {
@@ -118,7 +119,7 @@ impl ExecStream {
 
     pub(crate) async fn follow(sandbox: &SandboxHandle, selector: &str) -> Result<Self> {
         let path = ["v1", "sandboxes", sandbox.id(), "processes", selector, "stream"];
-        let (reader, writer) = socket::open(sandbox.client(), &path).await?;
+        let (reader, writer) = socket::open(sandbox.client(), &path, &[]).await?;
         Ok(Self {
             sandbox: sandbox.clone(),
             reader,

@@ -107,8 +107,8 @@ impl Pty {
     }
 
     async fn open(sandbox: &SandboxHandle, first: &ClientFrame) -> Result<Self> {
-        let (mut reader, writer) =
-            socket::open(sandbox.client(), &["v1", "sandboxes", sandbox.id(), "pty"]).await?;
+        let path = ["v1", "sandboxes", sandbox.id(), "pty"];
+        let (mut reader, writer) = socket::open(sandbox.client(), &path, &[("encoding", "binary")]).await?;
         writer.frame(first).await?;
         let mut early = None;
         loop {

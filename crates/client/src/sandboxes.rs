@@ -13,6 +13,8 @@ use crate::exec::{ExecOptions, ExecStream};
 use crate::files::Files;
 use crate::pty::{Pty, PtyOptions};
 
+/// Most records that the server puts into one answer.
+const PAGE: usize = 1000;
 /// How long one long poll lasts; waiting longer takes several.
 const POLL: Duration = Duration::from_secs(20);
 /// The server kills a foreground command after this many seconds unless told otherwise.
@@ -77,16 +79,47 @@ impl Sandboxes {
         Ok(sandbox)
     }
 
-    /// The team's sandboxes, newest first as the server orders them.
+    /// The team's sandboxes, newest first, without those that are destroyed.
     ///
     /// # Errors
     /// [`Error::Unauthorized`], [`Error::Transport`].
     pub async fn list(&self) -> Result<Vec<Sandbox>> {
-        let request = self
-            .client
-            .request(Method::GET, &["v1", "sandboxes"])
-            .timeout(CALL_TIMEOUT);
-        self.client.json(request, Retry::Reads).await
+        self.pages(false).await
+    }
+
+    /// As [`Self::list`], with those that are destroyed, as long as the server remembers them.
+    ///
+    /// # Errors
+    /// As [`Self::list`].
+    pub async fn list_all(&self) -> Result<Vec<Sandbox>> {
+        self.pages(true).await
+    }
+
+    async fn pages(&self, all: bool) -> Result<Vec<Sandbox>> {
+        let mut records: Vec<Sandbox> = Vec::new();
+        loop {
+            let mut request = self
+                .client
+                .request(Method::GET, &["v1", "sandboxes"])
+                .query(&[("limit", PAGE)])
+                .timeout(CALL_TIMEOUT);
+            if all {
+                request = request.query(&[("all", true)]);
+            }
+            if let Some(last) = records.last() {
+                request = request.query(&[("before", &last.id)]);
+            }
+            let page: Vec<Sandbox> = self.client.json(request, Retry::Reads).await?;
+            let full = page.len() >= PAGE;
+            // A server without pages would answer the first one for ever.
+            let repeats = page.last().map(|record| &record.id) == records.last().map(|record| &record.id);
+            if !repeats {
+                records.extend(page);
+            }
+            if repeats || !full {
+                return Ok(records);
+            }
+        }
     }
 
     /// One sandbox's record.
@@ -184,22 +217,10 @@ impl SandboxHandle {
     /// # Errors
     /// [`Error::SandboxFailed`] when it settles in another one; [`Error::WaitTimeout`].
     pub async fn wait_for(&self, wanted: SandboxStatus, limit: Duration) -> Result<Sandbox> {
-        let record = self.wait_settled(limit).await?;
-        if record.status == wanted {
-            return Ok(record);
-        }
-        let (message, console) = record
-            .error
-            .map_or((None, None), |error| (Some(error.message), error.console));
-        Err(Error::SandboxFailed {
-            id: record.id,
-            status: record.status,
-            message,
-            console,
-        })
+        settled_as(self.wait_settled(limit).await?, wanted)
     }
 
-    /// Saves its memory and disk and frees the rest; returns at once. See [`Self::wait_for`].
+    /// Saves its memory and disk and frees the rest; returns at once.
     ///
     /// # Errors
     /// [`Error::InvalidState`] when it does not run.
@@ -207,12 +228,62 @@ impl SandboxHandle {
         self.client.json(self.action("pause"), Retry::Unsent).await
     }
 
-    /// Brings it back with its memory as it was; returns at once. See [`Self::wait_for`].
+    /// As [`Self::pause`], and waits until it is paused.
+    ///
+    /// ```no_run
+    /// # use std::time::Duration;
+    /// # async fn example(sandbox: wrenn_client::SandboxHandle) -> Result<(), wrenn_client::Error> {
+    /// sandbox.pause_and_wait(Duration::from_secs(60)).await?;
+    /// // Days later, its processes go on where they were.
+    /// sandbox.resume_and_wait(Duration::from_secs(60)).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
     ///
     /// # Errors
-    /// [`Error::InvalidState`] when it is not paused; [`Error::NoCapacity`].
+    /// As [`Self::pause`]; [`Error::Agent`], [`Error::SandboxFailed`], [`Error::WaitTimeout`].
+    pub async fn pause_and_wait(&self, limit: Duration) -> Result<Sandbox> {
+        self.settle(self.action("pause"), SandboxStatus::Paused, limit)
+            .await
+    }
+
+    /// Brings it back with its memory as it was; returns at once.
+    ///
+    /// # Errors
+    /// [`Error::InvalidState`] when it is not paused.
     pub async fn resume(&self) -> Result<Sandbox> {
         self.client.json(self.action("resume"), Retry::Unsent).await
+    }
+
+    /// As [`Self::resume`], and waits until it runs.
+    ///
+    /// # Errors
+    /// As [`Self::resume`]; [`Error::NoCapacity`] (it stays paused), [`Error::Agent`],
+    /// [`Error::SandboxFailed`], [`Error::WaitTimeout`].
+    pub async fn resume_and_wait(&self, limit: Duration) -> Result<Sandbox> {
+        self.settle(self.action("resume"), SandboxStatus::Running, limit)
+            .await
+    }
+
+    /// Asks for a change and waits for its end. The request itself waits first, as its answer tells
+    /// why a change failed that left the sandbox as it was.
+    async fn settle(
+        &self,
+        request: reqwest::RequestBuilder,
+        wanted: SandboxStatus,
+        limit: Duration,
+    ) -> Result<Sandbox> {
+        let start = Instant::now();
+        let poll = POLL.min(limit);
+        let request = request
+            .query(&[("wait", poll.as_secs().max(1))])
+            .timeout(poll + CALL_TIMEOUT);
+        let record: Sandbox = self.client.json(request, Retry::Unsent).await?;
+        if record.status.is_transient() {
+            self.wait_for(wanted, limit.saturating_sub(start.elapsed())).await
+        } else {
+            settled_as(record, wanted)
+        }
     }
 
     /// Puts off its automatic pause.
@@ -419,4 +490,20 @@ impl SandboxHandle {
             .timeout(CALL_TIMEOUT);
         self.client.json(request, Retry::Reads).await
     }
+}
+
+/// The record, if it is in the wanted status.
+fn settled_as(record: Sandbox, wanted: SandboxStatus) -> Result<Sandbox> {
+    if record.status == wanted {
+        return Ok(record);
+    }
+    let (message, console) = record
+        .error
+        .map_or((None, None), |error| (Some(error.message), error.console));
+    Err(Error::SandboxFailed {
+        id: record.id,
+        status: record.status,
+        message,
+        console,
+    })
 }

@@ -116,10 +116,11 @@ impl Snapshots {
         self.client.json(request, Retry::Reads).await
     }
 
-    /// Deletes a snapshot by name. Sandboxes made from it go on.
+    /// Deletes a snapshot by name or id.
     ///
     /// # Errors
-    /// [`Error::NotFound`]; [`Error::Forbidden`] for the platform's templates.
+    /// [`Error::NotFound`]; [`Error::Conflict`] while sandboxes made from it exist; [`Error::Forbidden`]
+    /// for the platform's templates.
     pub async fn delete(&self, name: &str) -> Result<()> {
         let request = self
             .client

@@ -53,10 +53,15 @@ pub(crate) enum Received {
 }
 
 /// Opens a WebSocket at the path of the given segments.
-pub(crate) async fn open(client: &Client, segments: &[&str]) -> Result<(Reader, Writer)> {
+pub(crate) async fn open(
+    client: &Client,
+    segments: &[&str],
+    query: &[(&str, &str)],
+) -> Result<(Reader, Writer)> {
     let key = generate_key();
     let request = client
         .request(Method::GET, segments)
+        .query(query)
         .header("connection", "Upgrade")
         .header("upgrade", "websocket")
         .header("sec-websocket-version", "13")

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 use clap::{CommandFactory, Parser, Subcommand};
 
 mod cli;
+mod server;
 
 /// Sandboxes for untrusted code, each in its own microVM.
 #[derive(Debug, Parser)]
@@ -25,7 +26,8 @@ enum Command {
     #[command(flatten)]
     User(cli::UserCommand),
 
-    // Server roles.
+    #[command(flatten)]
+    Server(server::ServerCommand),
     /// Print a completion script for a shell, for example `wrenn completions bash`.
     Completions {
         /// The shell.
@@ -34,9 +36,17 @@ enum Command {
 }
 
 fn main() -> ExitCode {
+    // Before anything reads the environment, and before there is a second thread.
+    let env_file = dotenvy::dotenv();
     let Cli { global, command } = Cli::parse();
+    if let Err(error) = env_file
+        && !error.not_found()
+    {
+        eprintln!("wrenn: the file .env is not used: {error}");
+    }
     match command {
         Command::User(command) => cli::main(global, command),
+        Command::Server(command) => server::main(command, global.json),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "wrenn", &mut script);

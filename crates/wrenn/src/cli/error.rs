@@ -123,7 +123,8 @@ impl CliError {
             return code;
         }
         eprintln!("error: {self}");
-        for cause in causes {
+        // What lies between is how this program got there.
+        if let Some(cause) = causes.last() {
             eprintln!("  cause: {cause}");
         }
         if let Some(remedy) = self.remedy() {

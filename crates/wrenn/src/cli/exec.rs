@@ -40,7 +40,7 @@ pub(crate) struct ExecArgs {
     #[arg(long, requires = "detach")]
     tag: Option<String>,
     /// The command and its arguments
-    #[arg(last = true, required = true, value_name = "CMD")]
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
     command: Vec<String>,
 }
 

@@ -63,7 +63,7 @@ pub(crate) struct GlobalArgs {
     api_key: Option<String>,
     /// Print results as JSON, and errors as JSON on standard error
     #[arg(long, global = true, help_heading = "Output")]
-    json: bool,
+    pub(crate) json: bool,
     /// Show no progress bars (they are shown only on a terminal anyway)
     #[arg(long, global = true, help_heading = "Output")]
     no_progress: bool,

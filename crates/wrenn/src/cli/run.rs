@@ -54,7 +54,7 @@ pub(crate) struct RunArgs {
     #[arg(short, long)]
     interactive: bool,
     /// The command and its arguments
-    #[arg(last = true, required = true, value_name = "CMD")]
+    #[arg(trailing_var_arg = true, required = true, value_name = "CMD")]
     command: Vec<String>,
 }
 

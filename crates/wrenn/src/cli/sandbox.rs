@@ -154,10 +154,12 @@ fn seconds(duration: Duration) -> u32 {
 }
 
 async fn ls(context: &Context, args: LsArgs) -> Result<ExitCode, CliError> {
-    let mut records = context.client.sandboxes().list().await?;
-    if !args.all {
-        records.retain(|record| record.status != SandboxStatus::Stopped);
-    }
+    let sandboxes = context.client.sandboxes();
+    let records = if args.all {
+        sandboxes.list_all().await?
+    } else {
+        sandboxes.list().await?
+    };
     if context.json {
         output::json(&records)?;
     } else if args.quiet {
@@ -253,16 +255,14 @@ impl Change {
     }
 
     async fn apply(self, sandbox: &SandboxHandle, wait: bool) -> Result<(), wrenn_client::Error> {
-        let wanted = match self {
-            Self::Pause => sandbox.pause().await.map(|_| SandboxStatus::Paused)?,
-            Self::Resume => sandbox.resume().await.map(|_| SandboxStatus::Running)?,
-            Self::Destroy if wait => return sandbox.destroy_and_wait().await,
-            Self::Destroy => return sandbox.destroy().await,
-        };
-        if wait {
-            sandbox.wait_for(wanted, SETTLE_LIMIT).await?;
+        match (self, wait) {
+            (Self::Pause, true) => sandbox.pause_and_wait(SETTLE_LIMIT).await.map(drop),
+            (Self::Pause, false) => sandbox.pause().await.map(drop),
+            (Self::Resume, true) => sandbox.resume_and_wait(SETTLE_LIMIT).await.map(drop),
+            (Self::Resume, false) => sandbox.resume().await.map(drop),
+            (Self::Destroy, true) => sandbox.destroy_and_wait().await,
+            (Self::Destroy, false) => sandbox.destroy().await,
         }
-        Ok(())
     }
 }
 

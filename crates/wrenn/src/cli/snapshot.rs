@@ -15,7 +15,7 @@ pub(crate) enum SnapshotCommand {
     /// List snapshots
     #[command(visible_alias = "list")]
     Ls,
-    /// Delete snapshots; sandboxes made from them go on
+    /// Delete snapshots that no sandbox uses
     #[command(visible_alias = "delete")]
     Rm(RmArgs),
 }
