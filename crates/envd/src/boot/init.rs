@@ -12,7 +12,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::time::{Duration, Instant};
 
 use rustix::mount::{MountFlags, UnmountFlags, mount_remount, unmount};
-use rustix::process::{Pid, Signal, WaitOptions, kill_process, wait};
+use rustix::process::{Pid, Resource, Rlimit, Signal, WaitOptions, kill_process, setrlimit, wait};
 use rustix::system::{RebootCommand, reboot};
 use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
 use signal_hook::iterator::Signals;
@@ -68,6 +68,14 @@ fn bring_up() {
     // The kernel's own default kills the biggest process, which may well be the user's work; the agent and
     // pid 1 are protected instead (children reset this for themselves).
     let _ = fs::write("/proc/self/oom_score_adj", "-999");
+    // The kernel's own bound for pid 1, and so for all of its descendants, is too low for servers.
+    let files = Rlimit {
+        current: Some(65_536),
+        maximum: Some(524_288),
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, files) {
+        log!("file limit: {error}");
+    }
     for command in WARM_UP {
         warm_up(command);
     }

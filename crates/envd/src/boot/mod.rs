@@ -70,8 +70,11 @@ fn mount_at(source: &str, target: &str, kind: &str, flags: MountFlags, data: Opt
     }
 }
 
-/// Mounts what both stages need. `root` is empty for the file system root.
+/// Mounts what both stages need; the second one finds it there unless it was started without the first.
 fn mount_kernel_filesystems() {
+    if is_mounted("/proc") && is_mounted("/sys") && is_mounted("/dev") {
+        return;
+    }
     let strict = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount_at("proc", "/proc", "proc", strict, None);
     mount_at("sysfs", "/sys", "sysfs", strict, None);

@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::unix::fs::{OpenOptionsExt, fchown};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, fchown};
 use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
@@ -19,7 +19,7 @@ use axum::body::{Body, BodyDataStream};
 use axum::extract::{FromRequest, Multipart, Query, Request, State};
 use bytes::{Bytes, BytesMut};
 use futures::{Stream, StreamExt, TryStreamExt};
-use http::header::CONTENT_TYPE;
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
 use http::{HeaderMap, StatusCode};
 use rustix::fs::{XattrFlags, fremovexattr, fsetxattr};
 use tokio::io::AsyncWriteExt;
@@ -35,6 +35,7 @@ use crate::users::User;
 
 /// Gathered before each write: also the size up to which a new file is written in one go.
 const BUFFER: usize = 256 * 1024;
+const NO_SPACE: &str = "not enough disk space for the file";
 const METADATA_HEADER: &str = "x-metadata-";
 /// What a refused client may still send before the connection is closed.
 const DISCARD_BYTES: usize = 256 * 1024 * 1024;
@@ -72,6 +73,7 @@ async fn receive(
         .resolve_user(query.username.as_deref())
         .map_err(|name| Failure::unauthorized(format!("invalid username: '{name}'")))?;
     let upload = Upload {
+        expected: expected_length(request.headers()),
         workdir: agent.settings().default_workdir,
         metadata: metadata_of(request.headers())?,
         agent,
@@ -140,6 +142,18 @@ impl SharedBody {
     }
 }
 
+/// The length of what will be written, where the client says so. A multipart body is a little longer than its
+/// files, which does not matter; of a packed one the length says nothing.
+fn expected_length(headers: &HeaderMap) -> u64 {
+    let packed = headers
+        .get(CONTENT_ENCODING)
+        .is_some_and(|encoding| encoding != "identity");
+    let length = headers
+        .get(CONTENT_LENGTH)
+        .and_then(|value| value.to_str().ok()?.parse().ok());
+    length.filter(|_| !packed).unwrap_or(0)
+}
+
 /// The metadata that the headers carry; names arrive in lower case.
 fn metadata_of(headers: &HeaderMap) -> Result<BTreeMap<String, String>, Failure> {
     let mut metadata = BTreeMap::new();
@@ -166,6 +180,7 @@ fn metadata_of(headers: &HeaderMap) -> Result<BTreeMap<String, String>, Failure>
 
 struct Upload {
     agent: Arc<Agent>,
+    expected: u64,
     user: User,
     workdir: Option<String>,
     metadata: BTreeMap<String, String>,
@@ -239,17 +254,37 @@ impl Upload {
     /// Creates what is missing above the file, covers it with the watches that want it, and opens the file.
     async fn open(&self, path: PathBuf) -> Result<Target, Failure> {
         let (agent, user, metadata) = (self.agent.clone(), self.user.clone(), self.metadata.clone());
+        let expected = self.expected;
         tokio::task::spawn_blocking(move || {
             if let Some(parent) = path.parent()
                 && tree::make_dirs(parent, &user).map_err(|error| refused(parent, &error))?
             {
                 agent.watchers.sync();
             }
+            require_space(&path, expected)?;
             open_target(&path, &user, &metadata)
         })
         .await
         .map_err(|_| Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "the file cannot be opened"))?
     }
+}
+
+/// Refuses a file for which there is no room before anything of it is written. The agent is root and could use
+/// what the file system reserves for root, so its own writes would fail too late.
+fn require_space(path: &Path, expected: u64) -> Result<(), Failure> {
+    let Some(Ok(disk)) = path.parent().map(rustix::fs::statvfs) else {
+        return Ok(());
+    };
+    let present = std::fs::metadata(path).map_or(0, |found| found.blocks().saturating_mul(512));
+    let room = disk
+        .f_bavail
+        .saturating_mul(disk.f_frsize)
+        .saturating_add(present);
+    // The kernel's own file systems have no size.
+    if disk.f_blocks > 0 && expected > room {
+        return Err(Failure::new(StatusCode::INSUFFICIENT_STORAGE, NO_SPACE));
+    }
+    Ok(())
 }
 
 struct Target {
