@@ -149,8 +149,11 @@ impl Driver {
     /// Cuts what a new policy does not allow any more.
     fn apply_policy(&mut self) {
         let policy = self.shared.policy();
-        let Ok(host) = HostAddrs::recent() else { return };
-        let allowed = |ip| decide(ip, &policy, &host) == Verdict::Allow;
+        let host = HostAddrs::recent();
+        let allowed = |ip| {
+            host.as_ref()
+                .is_ok_and(|host| decide(ip, &policy, host) == Verdict::Allow)
+        };
         let flows = self.shared.table().flows();
         for flow in flows {
             let remote = *flow.key.remote.ip();

@@ -135,10 +135,8 @@ impl Flow {
             // The list is empty and has room for one.
             let _ = addrs.push(IpCidr::new(IpAddress::Ipv4(local), 32));
         });
-        let mut socket = tcp::Socket::new(
-            tcp::SocketBuffer::new(vec![0; buffer]),
-            tcp::SocketBuffer::new(vec![0; buffer]),
-        );
+        let receive = tcp::SocketBuffer::new(vec![0; buffer.min(MAX_RECEIVE)]);
+        let mut socket = tcp::Socket::new(receive, tcp::SocketBuffer::new(vec![0; buffer]));
         // The wire neither loses nor reorders, and a frame costs next to nothing: acknowledge at once, send
         // at once. (Waiting here would meet delayed acknowledgements there: 40 ms per round trip.)
         socket.set_ack_delay(None);
@@ -357,6 +355,9 @@ impl Flow {
             if socket.can_recv() || now >= orphan.deadline {
                 socket.abort();
             }
+        }
+        if core.closing && core.socket().send_queue() == 0 {
+            core.socket().close();
         }
         let Some(blocked) = self.egress(core) else {
             return self.die(core);

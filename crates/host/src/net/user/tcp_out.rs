@@ -8,6 +8,7 @@ use std::net::{SocketAddr, SocketAddrV4};
 use std::sync::Arc;
 use std::time::Duration;
 
+use rustix::net::sockopt;
 use smoltcp::wire::Icmpv4DstUnreachable;
 use tokio::net::TcpStream;
 use tokio::sync::OwnedSemaphorePermit;
@@ -22,6 +23,9 @@ use crate::net::policy::Verdict;
 
 /// How long the guest may take to acknowledge our SYN-ACK.
 const HANDSHAKE_PATIENCE: Duration = Duration::from_secs(30);
+/// Silence after which the destination is probed, and the time between probes.
+const KEEP_ALIVE_IDLE: Duration = Duration::from_secs(120);
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(30);
 /// Bytes copied at a time in each direction.
 const COPY_BUFFER: usize = 32 * 1024;
 
@@ -137,12 +141,23 @@ pub(super) async fn serve(shared: Arc<Shared>, wanted: Wanted) {
 async fn splice(mut guest: GuestStream, mut outside: TcpStream) {
     // The guest's stack has already decided what belongs into one segment.
     let _ = outside.set_nodelay(true);
+    keep_alive(&outside);
     let carried =
         tokio::io::copy_bidirectional_with_sizes(&mut guest, &mut outside, COPY_BUFFER, COPY_BUFFER).await;
     if let Err(error) = carried {
         tracing::trace!(key = ?guest.flow().key, %error, "a connection broke");
         let _ = outside.set_zero_linger();
         guest.reset();
+    }
+}
+
+/// Notices peers that have silently gone: the guest's own probes are answered on its link and cannot.
+fn keep_alive(outside: &TcpStream) {
+    let set = sockopt::set_socket_keepalive(outside, true)
+        .and_then(|()| sockopt::set_tcp_keepidle(outside, KEEP_ALIVE_IDLE))
+        .and_then(|()| sockopt::set_tcp_keepintvl(outside, KEEP_ALIVE_INTERVAL));
+    if let Err(error) = set {
+        tracing::debug!(%error, "a connection goes without keep-alive");
     }
 }
 

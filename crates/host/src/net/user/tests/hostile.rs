@@ -6,9 +6,9 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::wire::{
-    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, EthernetRepr, Icmpv4Packet,
-    Icmpv4Repr, IpAddress, IpProtocol, Ipv4Packet, Ipv4Repr, TcpControl, TcpPacket, TcpRepr, TcpSeqNumber,
-    UdpPacket, UdpRepr,
+    ArpOperation, ArpPacket, ArpRepr, EthernetAddress, EthernetFrame, EthernetProtocol, EthernetRepr,
+    Icmpv4Packet, Icmpv4Repr, IpAddress, IpProtocol, Ipv4Packet, Ipv4Repr, TcpControl, TcpPacket, TcpRepr,
+    TcpSeqNumber, UdpPacket, UdpRepr,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, UdpSocket};
@@ -35,21 +35,45 @@ fn rig_with(change: impl FnOnce(&mut UserNetConfig)) -> Rig {
     change(&mut config);
     let (host, guest) = wire();
     let (net, task) = UserNet::start(host, config);
-    Rig { guest: RawGuest(guest), net, task, internet }
+    Rig {
+        guest: RawGuest(guest),
+        net,
+        task,
+        internet,
+    }
 }
 
 fn ethernet(src: [u8; 6], kind: EthernetProtocol, len: usize, fill: impl FnOnce(&mut [u8])) -> Vec<u8> {
     let mut frame = vec![0; 14 + len];
-    EthernetRepr { src_addr: EthernetAddress(src), dst_addr: EthernetAddress(GATEWAY_MAC), ethertype: kind }
-        .emit(&mut EthernetFrame::new_unchecked(&mut frame[..]));
+    EthernetRepr {
+        src_addr: EthernetAddress(src),
+        dst_addr: EthernetAddress(GATEWAY_MAC),
+        ethertype: kind,
+    }
+    .emit(&mut EthernetFrame::new_unchecked(&mut frame[..]));
     fill(&mut frame[14..]);
     frame
 }
 
-fn ipv4(src: Ipv4Addr, dst: Ipv4Addr, next_header: IpProtocol, len: usize, fill: impl FnOnce(&mut [u8])) -> Vec<u8> {
-    let repr = Ipv4Repr { src_addr: src, dst_addr: dst, next_header, payload_len: len, hop_limit: 64 };
+fn ipv4(
+    src: Ipv4Addr,
+    dst: Ipv4Addr,
+    next_header: IpProtocol,
+    len: usize,
+    fill: impl FnOnce(&mut [u8]),
+) -> Vec<u8> {
+    let repr = Ipv4Repr {
+        src_addr: src,
+        dst_addr: dst,
+        next_header,
+        payload_len: len,
+        hop_limit: 64,
+    };
     ethernet(GUEST_MAC, EthernetProtocol::Ipv4, 20 + len, |bytes| {
-        repr.emit(&mut Ipv4Packet::new_unchecked(&mut *bytes), &ChecksumCapabilities::default());
+        repr.emit(
+            &mut Ipv4Packet::new_unchecked(&mut *bytes),
+            &ChecksumCapabilities::default(),
+        );
         fill(&mut bytes[20..]);
     })
 }
@@ -57,7 +81,12 @@ fn ipv4(src: Ipv4Addr, dst: Ipv4Addr, next_header: IpProtocol, len: usize, fill:
 fn segment(repr: &TcpRepr<'_>, dst: Ipv4Addr) -> Vec<u8> {
     ipv4(GUEST_IP, dst, IpProtocol::Tcp, repr.buffer_len(), |bytes| {
         let (src, dst) = (IpAddress::Ipv4(GUEST_IP), IpAddress::Ipv4(dst));
-        repr.emit(&mut TcpPacket::new_unchecked(bytes), &src, &dst, &ChecksumCapabilities::default());
+        repr.emit(
+            &mut TcpPacket::new_unchecked(bytes),
+            &src,
+            &dst,
+            &ChecksumCapabilities::default(),
+        );
     })
 }
 
@@ -79,7 +108,10 @@ fn tcp(control: TcpControl, seq: i32, ack: Option<i32>, payload: &[u8]) -> TcpRe
 }
 
 fn datagram(dst: SocketAddrV4, payload: &[u8]) -> Vec<u8> {
-    let udp = UdpRepr { src_port: 999, dst_port: dst.port() };
+    let udp = UdpRepr {
+        src_port: 999,
+        dst_port: dst.port(),
+    };
     ipv4(GUEST_IP, *dst.ip(), IpProtocol::Udp, 8 + payload.len(), |bytes| {
         udp.emit(
             &mut UdpPacket::new_unchecked(bytes),
@@ -126,7 +158,8 @@ fn read_tcp(frame: &[u8]) -> (Ipv4Addr, TcpRepr<'_>) {
     assert_eq!((header.dst_addr, header.next_header), (GUEST_IP, IpProtocol::Tcp));
     let segment = TcpPacket::new_checked(&frame[34..14 + usize::from(ip.total_len())]).expect("a segment");
     let (src, dst) = (IpAddress::Ipv4(header.src_addr), IpAddress::Ipv4(GUEST_IP));
-    let repr = TcpRepr::parse(&segment, &src, &dst, &ChecksumCapabilities::default()).expect("a sound segment");
+    let repr =
+        TcpRepr::parse(&segment, &src, &dst, &ChecksumCapabilities::default()).expect("a sound segment");
     (header.src_addr, repr)
 }
 
@@ -137,19 +170,34 @@ fn read_icmp(frame: &[u8]) -> (u8, u8, Ipv4Addr, Vec<u8>) {
     assert_eq!((ip.dst_addr(), ip.next_header()), (GUEST_IP, IpProtocol::Icmp));
     let icmp = Icmpv4Packet::new_checked(ip.payload()).expect("an ICMP message");
     assert!(icmp.verify_checksum());
-    (icmp.msg_type().into(), icmp.msg_code(), ip.src_addr(), icmp.data().to_vec())
+    (
+        icmp.msg_type().into(),
+        icmp.msg_code(),
+        ip.src_addr(),
+        icmp.data().to_vec(),
+    )
 }
 
 #[tokio::test]
 async fn arp_is_answered_for_the_gateway_and_the_name_server_only() {
     let mut rig = rig();
-    rig.guest.send(&arp(GUEST_MAC, GUEST_IP, Ipv4Addr::new(10, 0, 2, 77))).await;
-    rig.guest.send(&arp(GUEST_MAC, Ipv4Addr::UNSPECIFIED, GATEWAY_IP)).await;
+    rig.guest
+        .send(&arp(GUEST_MAC, GUEST_IP, Ipv4Addr::new(10, 0, 2, 77)))
+        .await;
+    rig.guest
+        .send(&arp(GUEST_MAC, Ipv4Addr::UNSPECIFIED, GATEWAY_IP))
+        .await;
     for target in [GATEWAY_IP, DNS_IP] {
         rig.guest.send(&arp(GUEST_MAC, GUEST_IP, target)).await;
         let frame = rig.guest.recv().await;
         let answer = ArpRepr::parse(&ArpPacket::new_checked(&frame[14..]).expect("ARP")).expect("ARP");
-        let ArpRepr::EthernetIpv4 { operation, source_hardware_addr, source_protocol_addr, .. } = answer else {
+        let ArpRepr::EthernetIpv4 {
+            operation,
+            source_hardware_addr,
+            source_protocol_addr,
+            ..
+        } = answer
+        else {
             panic!("not an answer")
         };
         assert_eq!(operation, ArpOperation::Reply);
@@ -162,9 +210,16 @@ async fn arp_is_answered_for_the_gateway_and_the_name_server_only() {
 async fn the_gateway_answers_pings_and_no_other_private_host_does() {
     let mut rig = rig();
     let ping = |dst, data: &'static [u8]| {
-        let repr = Icmpv4Repr::EchoRequest { ident: 3, seq_no: 4, data };
+        let repr = Icmpv4Repr::EchoRequest {
+            ident: 3,
+            seq_no: 4,
+            data,
+        };
         ipv4(GUEST_IP, dst, IpProtocol::Icmp, repr.buffer_len(), |bytes| {
-            repr.emit(&mut Icmpv4Packet::new_unchecked(bytes), &ChecksumCapabilities::default());
+            repr.emit(
+                &mut Icmpv4Packet::new_unchecked(bytes),
+                &ChecksumCapabilities::default(),
+            );
         })
     };
     rig.guest.send(&ping(Ipv4Addr::LOCALHOST, b"host")).await;
@@ -177,16 +232,34 @@ async fn the_gateway_answers_pings_and_no_other_private_host_does() {
 #[tokio::test]
 async fn sources_other_than_the_guest_are_dropped() {
     let mut rig = rig();
-    rig.guest.send(&arp([2, 0, 0, 0, 0, 1], GUEST_IP, GATEWAY_IP)).await;
-    rig.guest.send(&arp(GUEST_MAC, Ipv4Addr::new(10, 0, 2, 16), GATEWAY_IP)).await;
+    rig.guest
+        .send(&arp([2, 0, 0, 0, 0, 1], GUEST_IP, GATEWAY_IP))
+        .await;
+    rig.guest
+        .send(&arp(GUEST_MAC, Ipv4Addr::new(10, 0, 2, 16), GATEWAY_IP))
+        .await;
     let syn = tcp(TcpControl::Syn, 1, None, b"");
     let mut forged = segment(&syn, *SERVER.ip());
     forged[6..12].copy_from_slice(&[2, 0, 0, 0, 0, 1]);
     rig.guest.send(&forged).await;
-    let forged = ipv4(Ipv4Addr::new(10, 0, 2, 16), *SERVER.ip(), IpProtocol::Tcp, syn.buffer_len(), |bytes| {
-        let (src, dst) = (IpAddress::Ipv4(Ipv4Addr::new(10, 0, 2, 16)), IpAddress::Ipv4(*SERVER.ip()));
-        syn.emit(&mut TcpPacket::new_unchecked(bytes), &src, &dst, &ChecksumCapabilities::default());
-    });
+    let forged = ipv4(
+        Ipv4Addr::new(10, 0, 2, 16),
+        *SERVER.ip(),
+        IpProtocol::Tcp,
+        syn.buffer_len(),
+        |bytes| {
+            let (src, dst) = (
+                IpAddress::Ipv4(Ipv4Addr::new(10, 0, 2, 16)),
+                IpAddress::Ipv4(*SERVER.ip()),
+            );
+            syn.emit(
+                &mut TcpPacket::new_unchecked(bytes),
+                &src,
+                &dst,
+                &ChecksumCapabilities::default(),
+            );
+        },
+    );
     rig.guest.send(&forged).await;
     eventually(|| rig.net.stats().dropped_spoofed == 4).await;
     assert_eq!(rig.internet.dialled.load(std::sync::atomic::Ordering::SeqCst), 0);
@@ -196,15 +269,25 @@ async fn sources_other_than_the_guest_are_dropped() {
 #[tokio::test]
 async fn segments_of_unknown_connections_are_answered_with_a_reset() {
     let mut rig = rig();
-    rig.guest.send(&segment(&tcp(TcpControl::None, 100, Some(777), b"old data"), *SERVER.ip())).await;
+    rig.guest
+        .send(&segment(
+            &tcp(TcpControl::None, 100, Some(777), b"old data"),
+            *SERVER.ip(),
+        ))
+        .await;
     let frame = rig.guest.recv().await;
     let (from, reset) = read_tcp(&frame);
     assert_eq!(from, *SERVER.ip());
     assert_eq!((reset.src_port, reset.dst_port), (SERVER.port(), 4321));
     // The guest believes a reset that stands where its own acknowledgement says.
-    assert_eq!((reset.control, reset.seq_number), (TcpControl::Rst, TcpSeqNumber(777)));
+    assert_eq!(
+        (reset.control, reset.seq_number),
+        (TcpControl::Rst, TcpSeqNumber(777))
+    );
     // A reset is not answered, so the next frame is the answer to the question after it.
-    rig.guest.send(&segment(&tcp(TcpControl::Rst, 100, Some(777), b""), *SERVER.ip())).await;
+    rig.guest
+        .send(&segment(&tcp(TcpControl::Rst, 100, Some(777), b""), *SERVER.ip()))
+        .await;
     expect_alive(&mut rig.guest).await;
 }
 
@@ -223,7 +306,11 @@ async fn a_denied_datagram_is_answered_with_admin_prohibited() {
 #[tokio::test]
 async fn a_closed_udp_port_is_answered_with_icmp() {
     let mut rig = rig();
-    let closed = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port").local_addr().expect("an address");
+    let closed = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0))
+        .await
+        .expect("a port")
+        .local_addr()
+        .expect("an address");
     rig.internet.route_udp(SERVER, closed);
     for _ in 0..3 {
         rig.guest.send(&datagram(SERVER, b"anybody?")).await;
@@ -236,7 +323,9 @@ async fn a_closed_udp_port_is_answered_with_icmp() {
 #[tokio::test]
 async fn an_unreachable_destination_is_answered_with_icmp() {
     let mut rig = rig();
-    rig.guest.send(&segment(&tcp(TcpControl::Syn, 5, None, b""), *SERVER.ip())).await;
+    rig.guest
+        .send(&segment(&tcp(TcpControl::Syn, 5, None, b""), *SERVER.ip()))
+        .await;
     let answer = rig.guest.recv().await;
     let (kind, code, ..) = read_icmp(&answer);
     assert_eq!((kind, code), (3, 1));
@@ -247,7 +336,9 @@ async fn a_long_answer_arrives_in_fragments() {
     let resolver = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
     let addr = resolver.local_addr().expect("an address");
     let mut rig = rig_with(|config| config.resolvers = vec![addr]);
-    rig.guest.send(&datagram(SocketAddrV4::new(DNS_IP, 53), &[9; 30])).await;
+    rig.guest
+        .send(&datagram(SocketAddrV4::new(DNS_IP, 53), &[9; 30]))
+        .await;
     let (_, from) = within(resolver.recv_from(&mut [0; 64])).await.expect("a query");
     let answer: Vec<u8> = (0..4000u32).map(|at| if at < 2 { 9 } else { at as u8 }).collect();
     resolver.send_to(&answer, from).await.expect("sent");
@@ -265,16 +356,31 @@ async fn a_long_answer_arrives_in_fragments() {
     }
     let udp = UdpPacket::new_checked(&whole[..]).expect("a datagram");
     assert!(udp.verify_checksum(&IpAddress::Ipv4(DNS_IP), &IpAddress::Ipv4(GUEST_IP)));
-    assert_eq!((udp.src_port(), udp.dst_port(), udp.payload()), (53, 999, &answer[..]));
+    assert_eq!(
+        (udp.src_port(), udp.dst_port(), udp.payload()),
+        (53, 999, &answer[..])
+    );
 }
 
 #[tokio::test]
 async fn an_impossible_length_ends_the_link() {
     let mut rig = rig();
-    rig.guest.0.write_all(&u32::MAX.to_be_bytes()).await.expect("sent");
+    rig.guest
+        .0
+        .write_all(&u32::MAX.to_be_bytes())
+        .await
+        .expect("sent");
     let end = within(rig.task.ended()).await;
-    assert!(matches!(end, LinkEnd::Failed(LinkError::OversizeFrame { len }) if len == u32::MAX as usize), "{end:?}");
-    assert_eq!(within(rig.guest.0.read(&mut [0; 8])).await.expect("an orderly end"), 0);
+    assert!(
+        matches!(end, LinkEnd::Failed(LinkError::OversizeFrame { len }) if len == u32::MAX as usize),
+        "{end:?}"
+    );
+    assert_eq!(
+        within(rig.guest.0.read(&mut [0; 8]))
+            .await
+            .expect("an orderly end"),
+        0
+    );
 }
 
 #[tokio::test]
@@ -287,12 +393,19 @@ async fn a_lost_syn_is_repeated_soon_and_each_attempt_starts_elsewhere() {
         let started = std::time::Instant::now();
         let frame = rig.guest.recv().await;
         let (from, first) = read_tcp(&frame);
-        assert_eq!((from, first.dst_port, first.control), (GATEWAY_IP, 49983, TcpControl::Syn));
+        assert_eq!(
+            (from, first.dst_port, first.control),
+            (GATEWAY_IP, 49983, TcpControl::Syn)
+        );
         let frame = rig.guest.recv().await;
         let (_, second) = read_tcp(&frame);
         assert_eq!(first, second);
         // The stack alone would wait for a second.
-        assert!(started.elapsed() < std::time::Duration::from_millis(900), "{:?}", started.elapsed());
+        assert!(
+            started.elapsed() < std::time::Duration::from_millis(900),
+            "{:?}",
+            started.elapsed()
+        );
         starts.push((first.src_port, first.seq_number.0));
         let mut refusal = tcp(TcpControl::Rst, 0, Some(first.seq_number.0.wrapping_add(1)), b"");
         (refusal.src_port, refusal.dst_port) = (49983, first.src_port);
@@ -324,9 +437,14 @@ async fn a_guest_that_reads_nothing_costs_a_bounded_amount() {
 async fn a_guest_that_hangs_up_while_its_destination_is_dialled_leaves_nothing() {
     let mut rig = rig();
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
-    rig.internet.route_tcp(SERVER, listener.local_addr().expect("an address"));
-    rig.guest.send(&segment(&tcp(TcpControl::Syn, 5, None, b""), *SERVER.ip())).await;
-    rig.guest.send(&segment(&tcp(TcpControl::Rst, 6, None, b""), *SERVER.ip())).await;
+    rig.internet
+        .route_tcp(SERVER, listener.local_addr().expect("an address"));
+    rig.guest
+        .send(&segment(&tcp(TcpControl::Syn, 5, None, b""), *SERVER.ip()))
+        .await;
+    rig.guest
+        .send(&segment(&tcp(TcpControl::Rst, 6, None, b""), *SERVER.ip()))
+        .await;
     let (mut outside, _) = within(listener.accept()).await.expect("dialled");
     assert!(matches!(within(outside.read(&mut [0; 8])).await, Ok(0) | Err(_)));
     eventually(|| rig.net.stats().tcp_open == 0).await;
@@ -361,13 +479,27 @@ fn wild() -> impl Strategy<Value = Wild> {
             1 => any::<i32>(),
         ]
     };
-    (control, offset(), proptest::option::weighted(0.9, offset()), any::<u16>(), 0usize..1460).prop_map(
-        |(control, seq, ack, window, len)| Wild { control, seq, ack, window, payload: vec![0xA5; len] },
+    (
+        control,
+        offset(),
+        proptest::option::weighted(0.9, offset()),
+        any::<u16>(),
+        0usize..1460,
     )
+        .prop_map(|(control, seq, ack, window, len)| Wild {
+            control,
+            seq,
+            ack,
+            window,
+            payload: vec![0xA5; len],
+        })
 }
 
 fn runtime() -> tokio::runtime::Runtime {
-    tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime")
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .expect("a runtime")
 }
 
 proptest! {

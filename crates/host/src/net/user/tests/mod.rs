@@ -35,19 +35,29 @@ impl World {
         change(&mut config);
         let (host, guest) = wire();
         let (net, task) = UserNet::start(host, config);
-        Self { guest: SimGuest::start(guest), net, task, internet }
+        Self {
+            guest: SimGuest::start(guest),
+            net,
+            task,
+            internet,
+        }
     }
 }
 
 #[tokio::test]
 async fn the_link_ends_with_its_last_handle() {
-    let World { guest, net, mut task, .. } = World::new();
+    let World {
+        guest, net, mut task, ..
+    } = World::new();
     let server = guest.listen(7);
     let mut stream = net.connect(7).await.expect("the guest listens");
     within(server.established()).await.expect("accepted");
     let other = net.clone();
     drop(net);
-    stream.write_all(b"still up").await.expect("another handle keeps the link");
+    stream
+        .write_all(b"still up")
+        .await
+        .expect("another handle keeps the link");
     drop(other);
     assert!(matches!(within(task.ended()).await, LinkEnd::Shutdown));
     let error = stream.read(&mut [0; 8]).await.expect_err("the link is gone");
@@ -58,8 +68,15 @@ async fn the_link_ends_with_its_last_handle() {
 
 #[tokio::test]
 async fn shutdown_ends_everything_that_was_open() {
-    let World { guest, net, mut task, internet } = World::new();
-    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
+    let World {
+        guest,
+        net,
+        mut task,
+        internet,
+    } = World::new();
+    let listener = tokio::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0))
+        .await
+        .expect("a port");
     internet.route_tcp(SERVER, listener.local_addr().expect("an address"));
     let _client = guest.connect(SERVER).await.expect("a connection");
     let (mut outside, _) = within(listener.accept()).await.expect("dialled");
@@ -89,14 +106,20 @@ async fn a_pending_connect_fails_when_the_link_ends() {
     });
     eventually(|| net.stats().tcp_open == 1).await;
     drop(guest);
-    assert!(matches!(within(connecting).await.expect("no panic"), Err(ConnectError::LinkDown)));
+    assert!(matches!(
+        within(connecting).await.expect("no panic"),
+        Err(ConnectError::LinkDown)
+    ));
 }
 
 #[tokio::test]
 async fn a_silent_guest_times_out() {
     let (host, _guest) = wire();
     let (net, _task) = UserNet::start(host, config(&Arc::default()));
-    let error = net.connect_within(7, Duration::from_millis(30)).await.expect_err("nobody answers");
+    let error = net
+        .connect_within(7, Duration::from_millis(30))
+        .await
+        .expect_err("nobody answers");
     assert!(matches!(error, ConnectError::TimedOut { port: 7 }));
     eventually(|| net.stats().tcp_open == 0).await;
 }

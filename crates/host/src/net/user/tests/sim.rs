@@ -27,7 +27,9 @@ pub(super) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Waits for `what`, and fails the test when it does not come.
 pub(super) async fn within<T>(what: impl Future<Output = T>) -> T {
-    tokio::time::timeout(DEADLINE, what).await.expect("it happens before the deadline")
+    tokio::time::timeout(DEADLINE, what)
+        .await
+        .expect("it happens before the deadline")
 }
 
 /// Waits until `condition` holds.
@@ -95,9 +97,14 @@ pub(super) struct RawGuest(pub(super) UnixStream);
 
 impl RawGuest {
     pub(super) async fn send(&mut self, frame: &[u8]) {
-        let mut bytes = u32::try_from(frame.len()).expect("a short frame").to_be_bytes().to_vec();
+        let mut bytes = u32::try_from(frame.len())
+            .expect("a short frame")
+            .to_be_bytes()
+            .to_vec();
         bytes.extend_from_slice(frame);
-        within(self.0.write_all(&bytes)).await.expect("the link takes frames");
+        within(self.0.write_all(&bytes))
+            .await
+            .expect("the link takes frames");
     }
 
     pub(super) async fn recv(&mut self) -> Vec<u8> {
@@ -172,7 +179,8 @@ struct Tx<'a>(&'a mut Vec<u8>);
 
 impl TxToken for Tx<'_> {
     fn consume<R, F: FnOnce(&mut [u8]) -> R>(self, len: usize, f: F) -> R {
-        self.0.extend_from_slice(&u32::try_from(len).expect("a short frame").to_be_bytes());
+        self.0
+            .extend_from_slice(&u32::try_from(len).expect("a short frame").to_be_bytes());
         let at = self.0.len();
         self.0.resize(at + len, 0);
         f(&mut self.0[at..])
@@ -186,11 +194,25 @@ impl SimGuest {
         config.random_seed = 42;
         let mut iface = Interface::new(config, &mut wire, smoltcp::time::Instant::from_micros(1));
         iface.update_ip_addrs(|addrs| {
-            addrs.push(IpCidr::new(IpAddress::Ipv4(GUEST_IP), GUEST_PREFIX_LEN)).expect("room for an address");
+            addrs
+                .push(IpCidr::new(IpAddress::Ipv4(GUEST_IP), GUEST_PREFIX_LEN))
+                .expect("room for an address");
         });
-        iface.routes_mut().add_default_ipv4_route(GATEWAY_IP).expect("room for a route");
-        let stack = Stack { iface, sockets: SocketSet::new(Vec::new()), wire, next_port: 40_000 };
-        let inner = Arc::new(Inner { stack: Mutex::new(stack), kick: Notify::new(), epoch: Instant::now() });
+        iface
+            .routes_mut()
+            .add_default_ipv4_route(GATEWAY_IP)
+            .expect("room for a route");
+        let stack = Stack {
+            iface,
+            sockets: SocketSet::new(Vec::new()),
+            wire,
+            next_port: 40_000,
+        };
+        let inner = Arc::new(Inner {
+            stack: Mutex::new(stack),
+            kick: Notify::new(),
+            epoch: Instant::now(),
+        });
         let task = tokio::spawn(run(Arc::clone(&inner), stream)).abort_handle();
         Self { inner, task }
     }
@@ -213,9 +235,14 @@ impl SimGuest {
         let handle = sockets.add(Self::tcp_socket());
         let socket = sockets.get_mut::<tcp::Socket<'_>>(handle);
         let remote = IpEndpoint::new(IpAddress::Ipv4(*dst.ip()), dst.port());
-        socket.connect(iface.context(), remote, port).expect("a fresh socket");
+        socket
+            .connect(iface.context(), remote, port)
+            .expect("a fresh socket");
         self.inner.kick.notify_one();
-        SimStream { inner: Arc::clone(&self.inner), handle }
+        SimStream {
+            inner: Arc::clone(&self.inner),
+            handle,
+        }
     }
 
     pub(super) async fn connect(&self, dst: SocketAddrV4) -> io::Result<SimStream> {
@@ -228,8 +255,15 @@ impl SimGuest {
     pub(super) fn listen(&self, port: u16) -> SimStream {
         let mut stack = self.inner.lock();
         let handle = stack.sockets.add(Self::tcp_socket());
-        stack.sockets.get_mut::<tcp::Socket<'_>>(handle).listen(port).expect("a fresh socket");
-        SimStream { inner: Arc::clone(&self.inner), handle }
+        stack
+            .sockets
+            .get_mut::<tcp::Socket<'_>>(handle)
+            .listen(port)
+            .expect("a fresh socket");
+        SimStream {
+            inner: Arc::clone(&self.inner),
+            handle,
+        }
     }
 
     pub(super) fn udp(&self, port: u16) -> SimUdp {
@@ -237,7 +271,10 @@ impl SimGuest {
         let mut socket = udp::Socket::new(buffer(), buffer());
         socket.bind(port).expect("a fresh socket");
         let handle = self.inner.lock().sockets.add(socket);
-        SimUdp { inner: Arc::clone(&self.inner), handle }
+        SimUdp {
+            inner: Arc::clone(&self.inner),
+            handle,
+        }
     }
 }
 
@@ -253,7 +290,9 @@ impl Inner {
     }
 
     fn now(&self) -> smoltcp::time::Instant {
-        smoltcp::time::Instant::from_micros(i64::try_from(self.epoch.elapsed().as_micros()).expect("a short test") + 1)
+        smoltcp::time::Instant::from_micros(
+            i64::try_from(self.epoch.elapsed().as_micros()).expect("a short test") + 1,
+        )
     }
 }
 
@@ -264,14 +303,18 @@ async fn run(inner: Arc<Inner>, stream: UnixStream) {
         let (out, wait) = {
             let mut stack = inner.lock();
             let now = inner.now();
-            let Stack { iface, sockets, wire, .. } = &mut *stack;
+            let Stack {
+                iface, sockets, wire, ..
+            } = &mut *stack;
             iface.poll(now, wire, sockets);
             (std::mem::take(&mut wire.tx), iface.poll_delay(now, sockets))
         };
         if !out.is_empty() && to.write_all(&out).await.is_err() {
             return;
         }
-        let wait = wait.map_or(Duration::from_secs(1), |wait| Duration::from_micros(wait.total_micros()));
+        let wait = wait.map_or(Duration::from_secs(1), |wait| {
+            Duration::from_micros(wait.total_micros())
+        });
         tokio::select! {
             read = from.read_buf(&mut bytes) => {
                 if !matches!(read, Ok(1..)) {
@@ -392,7 +435,8 @@ impl SimUdp {
 
     pub(super) fn send_to(&self, data: &[u8], dst: SocketAddrV4) {
         let to = IpEndpoint::new(IpAddress::Ipv4(*dst.ip()), dst.port());
-        self.with(|socket| socket.send_slice(data, to)).expect("room for a datagram");
+        self.with(|socket| socket.send_slice(data, to))
+            .expect("room for a datagram");
     }
 
     pub(super) async fn recv(&self) -> Vec<u8> {

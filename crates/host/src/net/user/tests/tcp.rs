@@ -43,7 +43,9 @@ async fn expect_pattern(mut from: impl AsyncRead + Unpin, seed: u64, len: usize)
     let mut pattern = Pattern(seed);
     let (mut buffer, mut expected) = (vec![0; 64 * 1024], vec![0; 64 * 1024]);
     for at in 0..len / buffer.len() {
-        from.read_exact(&mut buffer).await.expect("the peer sends the data");
+        from.read_exact(&mut buffer)
+            .await
+            .expect("the peer sends the data");
         pattern.fill(&mut expected);
         assert!(buffer == expected, "the data differs in block {at}");
     }
@@ -52,7 +54,9 @@ async fn expect_pattern(mut from: impl AsyncRead + Unpin, seed: u64, len: usize)
 
 async fn server(world: &World) -> TcpListener {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.expect("a port");
-    world.internet.route_tcp(SERVER, listener.local_addr().expect("an address"));
+    world
+        .internet
+        .route_tcp(SERVER, listener.local_addr().expect("an address"));
     listener
 }
 
@@ -107,22 +111,33 @@ async fn either_side_can_close_its_half_first() {
         if guest_first {
             client.write_all(b"question").await.expect("sent");
             client.shutdown().await.expect("half closed");
-            within(outside.read_to_end(&mut got)).await.expect("an orderly end");
+            within(outside.read_to_end(&mut got))
+                .await
+                .expect("an orderly end");
             assert_eq!(got, b"question");
             got.clear();
-            outside.write_all(b"answer").await.expect("the other half is open");
+            outside
+                .write_all(b"answer")
+                .await
+                .expect("the other half is open");
             drop(outside);
-            within(client.read_to_end(&mut got)).await.expect("an orderly end");
+            within(client.read_to_end(&mut got))
+                .await
+                .expect("an orderly end");
             assert_eq!(got, b"answer");
         } else {
             outside.write_all(b"greeting").await.expect("sent");
             outside.shutdown().await.expect("half closed");
-            within(client.read_to_end(&mut got)).await.expect("an orderly end");
+            within(client.read_to_end(&mut got))
+                .await
+                .expect("an orderly end");
             assert_eq!(got, b"greeting");
             got.clear();
             client.write_all(b"reply").await.expect("the other half is open");
             client.shutdown().await.expect("half closed");
-            within(outside.read_to_end(&mut got)).await.expect("an orderly end");
+            within(outside.read_to_end(&mut got))
+                .await
+                .expect("an orderly end");
             assert_eq!(got, b"reply");
         }
     }
@@ -165,11 +180,21 @@ async fn forbidden_destinations_are_refused_and_never_dialled() {
     ];
     let special_count = special.len();
     for ip in special.into_iter().chain(own.iter().copied()) {
-        let error = world.guest.connect(SocketAddrV4::new(ip, 80)).await.err().expect("forbidden");
+        let error = world
+            .guest
+            .connect(SocketAddrV4::new(ip, 80))
+            .await
+            .err()
+            .expect("forbidden");
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{ip}");
     }
     for ip in [GATEWAY_IP, DNS_IP] {
-        let error = world.guest.connect(SocketAddrV4::new(ip, 80)).await.err().expect("forbidden");
+        let error = world
+            .guest
+            .connect(SocketAddrV4::new(ip, 80))
+            .await
+            .err()
+            .expect("forbidden");
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused, "{ip}");
     }
     assert_eq!(world.internet.dialled.load(Ordering::SeqCst), 0);
@@ -237,11 +262,15 @@ async fn a_dropped_stream_still_delivers_what_was_written() {
     let mut inside = world.guest.listen(7);
     let mut stream = world.net.connect(7).await.expect("the guest listens");
     let data = vec![7; 200_000];
-    within(stream.write_all(&data)).await.expect("room in the buffers");
+    within(stream.write_all(&data))
+        .await
+        .expect("room in the buffers");
     drop(stream);
     within(inside.established()).await.expect("accepted");
     let mut got = Vec::new();
-    within(inside.read_to_end(&mut got)).await.expect("an orderly end");
+    within(inside.read_to_end(&mut got))
+        .await
+        .expect("an orderly end");
     assert_eq!(got, data);
     drop(inside);
     eventually(|| world.net.stats().tcp_open == 0).await;
@@ -261,8 +290,49 @@ async fn a_reader_that_waits_holds_the_writer_back() {
         assert!(sent < 4 * 1024 * 1024, "nothing holds the writer back");
     }
     let mut got = vec![0; sent];
-    within(inside.read_exact(&mut got)).await.expect("all of it arrives");
-    within(stream.write_all(&block)).await.expect("and there is room again");
+    within(inside.read_exact(&mut got))
+        .await
+        .expect("all of it arrives");
+    within(stream.write_all(&block))
+        .await
+        .expect("and there is room again");
+}
+
+/// Once both sides have closed their halves while much is still to be delivered, a window that closes and
+/// opens again must not cost a probe timer each time.
+#[tokio::test]
+async fn a_slow_reader_gets_the_rest_after_both_have_closed() {
+    const LEN: usize = 1024 * 1024;
+    let world = World::new();
+    let listener = server(&world).await;
+    let mut client = world.guest.connect(SERVER).await.expect("a connection");
+    let (mut outside, _) = within(listener.accept()).await.expect("dialled");
+    client.shutdown().await.expect("half closed");
+    assert_eq!(
+        within(outside.read(&mut [0; 8])).await.expect("an orderly end"),
+        0
+    );
+    let sender = tokio::spawn(async move {
+        outside.write_all(&vec![3; LEN]).await.expect("sent");
+        drop(outside);
+    });
+    let started = Instant::now();
+    let (mut got, mut buffer) = (0, vec![0; 100_000]);
+    loop {
+        // Long enough for the window to fill.
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        match within(client.read(&mut buffer)).await.expect("an orderly end") {
+            0 => break,
+            count => got += count,
+        }
+    }
+    assert_eq!(got, LEN);
+    within(sender).await.expect("no panic");
+    assert!(
+        started.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        started.elapsed()
+    );
 }
 
 #[tokio::test]
@@ -331,7 +401,6 @@ async fn small_round_trips_do_not_wait_for_timers() {
 /// Prints what the link can carry: `cargo test --release -p wrenn-host throughput -- --nocapture`.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn throughput() {
-    crate::init_log();
     let world = World::new();
     let inside = world.guest.listen(7);
     let stream = world.net.connect(7).await.expect("the guest listens");

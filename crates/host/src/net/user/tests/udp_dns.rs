@@ -28,7 +28,9 @@ fn query(id: u16) -> Vec<u8> {
 async fn datagrams_are_echoed_and_flows_end_when_idle() {
     let world = World::with(|config| config.limits.udp_idle = Duration::from_millis(200));
     let server = loopback().await;
-    world.internet.route_udp(SERVER, server.local_addr().expect("an address"));
+    world
+        .internet
+        .route_udp(SERVER, server.local_addr().expect("an address"));
     let client = world.guest.udp(5000);
     for round in 0..20u8 {
         let data = vec![round; 1 + usize::from(round) * 70];
@@ -57,7 +59,11 @@ async fn datagrams_are_echoed_and_flows_end_when_idle() {
 async fn forbidden_datagrams_go_nowhere() {
     let world = World::new();
     let client = world.guest.udp(5000);
-    for ip in [Ipv4Addr::LOCALHOST, Ipv4Addr::new(169, 254, 169, 254), Ipv4Addr::new(192, 168, 0, 1)] {
+    for ip in [
+        Ipv4Addr::LOCALHOST,
+        Ipv4Addr::new(169, 254, 169, 254),
+        Ipv4Addr::new(192, 168, 0, 1),
+    ] {
         client.send_to(b"psst", SocketAddrV4::new(ip, 53));
     }
     eventually(|| world.net.stats().denied == 3).await;
@@ -68,7 +74,9 @@ async fn forbidden_datagrams_go_nowhere() {
 async fn the_number_of_udp_flows_is_bounded() {
     let world = World::with(|config| config.limits.udp_from_guest = 4);
     let server = loopback().await;
-    world.internet.route_udp(SERVER, server.local_addr().expect("an address"));
+    world
+        .internet
+        .route_udp(SERVER, server.local_addr().expect("an address"));
     let clients: Vec<_> = (0..6).map(|index| world.guest.udp(5000 + index)).collect();
     for client in &clients {
         client.send_to(b"x", SERVER);
@@ -142,5 +150,8 @@ async fn without_a_resolver_the_guest_is_told_at_once() {
     let client = world.guest.udp(5353);
     client.send_to(&query(9), NAME_SERVER);
     let answer = client.recv().await;
-    assert_eq!((answer[0], answer[1], answer[2] & 0x80, answer[3] & 0x0f), (0, 9, 0x80, 2));
+    assert_eq!(
+        (answer[0], answer[1], answer[2] & 0x80, answer[3] & 0x0f),
+        (0, 9, 0x80, 2)
+    );
 }
