@@ -20,6 +20,9 @@ use std::path::{Path, PathBuf};
 
 use wrenn_proto::id::{TeamId, TemplateId};
 
+/// The file that holds the host's registration.
+pub(crate) const REGISTRATION: &str = "host.json";
+
 /// Paths below the data directory and the cache directory.
 #[derive(Debug, Clone)]
 pub struct Layout {
@@ -84,7 +87,7 @@ impl Layout {
     }
 
     pub(crate) fn registration(&self) -> PathBuf {
-        self.data.join("host.json")
+        self.data.join(REGISTRATION)
     }
 
     pub(crate) fn kernels(&self) -> PathBuf {

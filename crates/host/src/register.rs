@@ -49,6 +49,12 @@ impl Registration {
     }
 }
 
+/// The id under which the agent of this data directory is registered, if it is.
+#[must_use]
+pub fn registered_host(data_dir: &Path) -> Option<String> {
+    Registration::read(&data_dir.join(crate::layout::REGISTRATION)).map(|registration| registration.host_id)
+}
+
 /// Speaks to the control plane.
 pub(crate) struct Reporter {
     http: reqwest::Client,

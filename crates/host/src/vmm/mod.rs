@@ -5,11 +5,13 @@
 //! (prepared by the manager) → [`qemu::Launched`] (process up, memory mapped, nothing runs) → [`qemu::Vm`] (guest runs).
 
 pub(crate) mod limits;
+pub mod probe;
 pub(crate) mod process;
 pub(crate) mod qemu;
 mod qmp;
 
 pub use limits::MemoryCgroup;
+pub use probe::{ProbeReport, probe_cached, probe_fresh, probe_in_child};
 pub use qemu::{Qemu, VmIds};
 
 use serde::{Deserialize, Serialize};

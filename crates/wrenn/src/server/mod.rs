@@ -1,0 +1,126 @@
+//! The server roles of the binary: everything in one (`up`), or a control plane and host agents apart.
+
+pub(crate) mod config;
+mod show;
+mod up;
+
+use std::process::ExitCode;
+
+use clap::{Args, Subcommand};
+use config::{ControlArgs, DirArgs, ExitChoice, HostArgs};
+
+/// The server's commands.
+#[derive(Debug, Subcommand)]
+pub(crate) enum ServerCommand {
+    /// Serve the whole platform from this machine: control plane and host agent in one process
+    Up(UpArgs),
+    /// Serve the control plane alone
+    ControlPlane(ControlPlaneArgs),
+    /// Serve as a host of a control plane elsewhere
+    HostAgent(HostAgentArgs),
+    /// Show the effective settings, secrets masked
+    Config(UpArgs),
+    /// Print the OpenAPI document of the API
+    Openapi,
+}
+
+/// `wrenn up`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct UpArgs {
+    #[command(flatten)]
+    pub(crate) dirs: DirArgs,
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+    #[command(flatten)]
+    pub(crate) host: HostArgs,
+    /// What becomes of running sandboxes at the end
+    #[arg(long, env = "WRENN_ON_EXIT", value_name = "WHAT", default_value = "pause")]
+    pub(crate) on_exit: ExitChoice,
+}
+
+/// `wrenn control-plane`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct ControlPlaneArgs {
+    #[command(flatten)]
+    pub(crate) dirs: DirArgs,
+    #[command(flatten)]
+    pub(crate) control: ControlArgs,
+    /// Print a one-time token for a new host, and end
+    #[arg(long)]
+    pub(crate) issue_host_token: bool,
+}
+
+/// `wrenn host-agent`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct HostAgentArgs {
+    #[command(flatten)]
+    pub(crate) dirs: DirArgs,
+    #[command(flatten)]
+    pub(crate) host: HostArgs,
+    /// Base URL of the control plane
+    #[arg(long, env = "WRENN_CONTROL_PLANE", value_name = "URL")]
+    pub(crate) control_plane: String,
+    /// One-time registration token; needed once
+    #[arg(long, env = "WRENN_HOST_TOKEN", value_name = "TOKEN", hide_env_values = true)]
+    pub(crate) token: Option<String>,
+    /// What becomes of running sandboxes at the end
+    #[arg(long, env = "WRENN_ON_EXIT", value_name = "WHAT", default_value = "keep")]
+    pub(crate) on_exit: ExitChoice,
+}
+
+/// Runs a server command to its end.
+pub(crate) fn main(command: ServerCommand, json: bool) -> ExitCode {
+    let outcome = match command {
+        ServerCommand::Config(args) => return show::config(&args, json),
+        ServerCommand::Openapi => wrenn_control::openapi_yaml()
+            .map(|text| print!("{text}"))
+            .map_err(anyhow::Error::from),
+        ServerCommand::Up(args) => in_runtime(up::up(args)),
+        ServerCommand::ControlPlane(args) => in_runtime(up::control_plane(args)),
+        ServerCommand::HostAgent(args) => in_runtime(up::host_agent(args)),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("wrenn: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn in_runtime(work: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    start_logging();
+    // Each sandbox uses a handful of descriptors; the usual soft limit of 1024 ends at some two hundred of them.
+    raise_open_files();
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let outcome = runtime.block_on(work);
+    runtime.shutdown_timeout(std::time::Duration::from_secs(2));
+    outcome
+}
+
+fn raise_open_files() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limits = getrlimit(Resource::Nofile);
+    let raised = Rlimit {
+        current: limits.maximum,
+        maximum: limits.maximum,
+    };
+    if let Err(error) = setrlimit(Resource::Nofile, raised) {
+        tracing::warn!(%error, "cannot raise the limit of open files");
+    }
+}
+
+fn start_logging() {
+    use std::io::IsTerminal as _;
+    let filter = tracing_subscriber::EnvFilter::try_from_env("WRENN_LOG")
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info,sqlx=warn,sea_orm=warn,hyper=warn"));
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr);
+    // People read a terminal, machines read the rest.
+    if std::io::stderr().is_terminal() {
+        builder.with_target(false).init();
+    } else {
+        builder.json().init();
+    }
+}

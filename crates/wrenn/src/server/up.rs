@@ -1,0 +1,344 @@
+//! Starting and ending the servers.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, bail};
+use indicatif::{ProgressBar, ProgressStyle};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+use wrenn_control::{Bootstrap, ControlConfig, ControlPlane};
+use wrenn_host::vmm::{Accelerator, VmIds};
+use wrenn_host::{BuildState, HostAgent, HostConfig};
+
+use super::config::ExitChoice;
+use super::config::{AcceleratorChoice, DirArgs, HostArgs};
+use super::{ControlPlaneArgs, HostAgentArgs, UpArgs};
+
+/// User and group ids of VM processes under a root agent: far from those of people and packages.
+const VM_IDS: VmIds = VmIds {
+    gid: 900_000,
+    first_uid: 900_000,
+};
+
+/// The whole platform in one process; the two halves speak as they would over a network.
+pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
+    let started = Instant::now();
+    let data_dir = args.dirs.data_dir();
+    prepare(&data_dir)?;
+    let listeners = listen(args.control.listen).await?;
+    let address = listeners[0].local_addr()?;
+    let url = base_url(address);
+
+    let mut config = ControlConfig::new(&data_dir);
+    config.database_url.clone_from(&args.control.database_url);
+    let control = ControlPlane::builder(config)
+        .build()
+        .await
+        .context("cannot start the control plane")?;
+    let first = control.bootstrap().await?;
+    let token = match wrenn_host::registered_host(&data_dir) {
+        Some(host) => match host.parse() {
+            Ok(host) => control
+                .issue_host_token(Some(host))
+                .await
+                .or(control.issue_host_token(None).await),
+            Err(_) => control.issue_host_token(None).await,
+        },
+        None => control.issue_host_token(None).await,
+    }?;
+
+    let mut signals = Signals::listen()?;
+    let stop = CancellationToken::new();
+    let stopped = stop.clone();
+    let serving = tokio::spawn(control.run(listeners, async move { stopped.cancelled().await }));
+    let host_config = host_config(&args.dirs, &args.host, url.clone(), Some(token.token));
+    let agent = match HostAgent::start(host_config).await {
+        Ok(agent) => agent,
+        Err(error) => {
+            stop.cancel();
+            let _ = serving.await;
+            return Err(error).context("cannot start the host agent");
+        }
+    };
+    if let Some(first) = &first {
+        write_local_env(&data_dir, &url, first)?;
+    }
+    announce(&url, &data_dir, first.as_ref(), started.elapsed());
+    let ready = tokio::spawn(show_build(agent.template_progress()));
+
+    tokio::pin!(serving);
+    let failed = tokio::select! {
+        () = signals.next() => None,
+        outcome = &mut serving => Some(outcome),
+    };
+    ready.abort();
+    eprintln!();
+    let leave = async {
+        agent
+            .shutdown(args.on_exit.into(), |done, running| match (args.on_exit, running) {
+                (_, 0) => {}
+                (ExitChoice::Keep, _) => eprintln!("{running} sandboxes run on; the next start finds them."),
+                (ExitChoice::Pause, _) => {
+                    eprintln!("Pausing running sandboxes, memory kept: {done} of {running}. Press Ctrl-C again to leave at once.");
+                }
+            })
+            .await;
+        stop.cancel();
+        if failed.is_none() {
+            let _ = (&mut serving).await;
+        }
+    };
+    tokio::select! {
+        () = leave => {}
+        () = signals.next() => bail!("left at once; sandboxes that were not paused yet run on and are found at the next start"),
+    }
+    match failed {
+        Some(Ok(Ok(()))) | None => Ok(()),
+        Some(Ok(Err(error))) => Err(error).context("the control plane ended"),
+        Some(Err(error)) => Err(error).context("the control plane ended"),
+    }
+}
+
+/// The control plane alone.
+pub(super) async fn control_plane(args: ControlPlaneArgs) -> anyhow::Result<()> {
+    let data_dir = args.dirs.data_dir();
+    prepare(&data_dir)?;
+    let mut config = ControlConfig::new(&data_dir);
+    config.database_url.clone_from(&args.control.database_url);
+    let control = ControlPlane::builder(config)
+        .build()
+        .await
+        .context("cannot start the control plane")?;
+    let first = control.bootstrap().await?;
+    if args.issue_host_token {
+        println!("{}", control.issue_host_token(None).await?.token);
+        control.stop().await;
+        return Ok(());
+    }
+    let listeners = listen(args.control.listen).await?;
+    let url = base_url(listeners[0].local_addr()?);
+    if let Some(first) = &first {
+        write_local_env(&data_dir, &url, first)?;
+        eprintln!(
+            "First API key, shown this once (also in {}): {}",
+            data_dir.join("local.env").display(),
+            first.api_key
+        );
+    }
+    eprintln!("Serving {url}");
+    let mut signals = Signals::listen()?;
+    control
+        .run(listeners, async move { signals.next().await })
+        .await
+        .context("the control plane ended")
+}
+
+/// A host of a control plane elsewhere.
+pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
+    prepare(&args.dirs.data_dir())?;
+    let mut signals = Signals::listen()?;
+    let config = host_config(&args.dirs, &args.host, args.control_plane, args.token);
+    let agent = HostAgent::start(config)
+        .await
+        .context("cannot start the host agent")?;
+    tracing::info!(address = %agent.address(), "the host agent serves");
+    let ready = tokio::spawn(show_build(agent.template_progress()));
+    signals.next().await;
+    ready.abort();
+    tokio::select! {
+        () = agent.shutdown(args.on_exit.into(), |done, running| tracing::info!(done, running, "dealing with running sandboxes")) => Ok(()),
+        () = signals.next() => bail!("left at once; running sandboxes run on and are found at the next start"),
+    }
+}
+
+fn host_config(dirs: &DirArgs, host: &HostArgs, control_plane: String, token: Option<String>) -> HostConfig {
+    let accelerator = match host.accel {
+        AcceleratorChoice::Kvm => Accelerator::Kvm,
+        AcceleratorChoice::Tcg | AcceleratorChoice::Auto => Accelerator::Tcg,
+    };
+    HostConfig {
+        data_dir: dirs.data_dir(),
+        cache_dir: dirs.cache_dir(),
+        listen: host.agent_listen,
+        advertise: host.agent_url.clone(),
+        control_plane,
+        registration_token: token,
+        accelerator,
+        egress: host.egress(),
+        capacity: host.capacity(),
+        guest_ca_bundle: host.ca_bundle(),
+        vm_ids: VM_IDS,
+        fault: None,
+    }
+}
+
+fn prepare(data_dir: &Path) -> anyhow::Result<()> {
+    use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+    // VM processes pass through it to the images that they may read.
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o711)
+        .create(data_dir)
+        .with_context(|| {
+            format!(
+                "cannot create the data directory {}; choose another with --data-dir",
+                data_dir.display()
+            )
+        })?;
+    let owner = std::fs::metadata(data_dir)?.uid();
+    let me = rustix::process::geteuid().as_raw();
+    if owner != me {
+        bail!(
+            "the data directory {} belongs to user {owner}, not to this one ({me}); choose another with --data-dir",
+            data_dir.display()
+        );
+    }
+    Ok(())
+}
+
+/// Opens the API's port, on both loopback addresses when one is asked for.
+async fn listen(address: SocketAddr) -> anyhow::Result<Vec<TcpListener>> {
+    let bind = |address: SocketAddr| async move {
+        TcpListener::bind(address).await.with_context(|| {
+            format!("cannot listen on {address}; is another server there? Choose another with --listen")
+        })
+    };
+    let first = bind(address).await?;
+    let port = first.local_addr()?.port();
+    let mut listeners = vec![first];
+    let other = match address.ip() {
+        IpAddr::V4(Ipv4Addr::LOCALHOST) => Some(IpAddr::V6(Ipv6Addr::LOCALHOST)),
+        IpAddr::V6(Ipv6Addr::LOCALHOST) => Some(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+        _ => None,
+    };
+    if let Some(other) = other {
+        match bind(SocketAddr::new(other, port)).await {
+            Ok(listener) => listeners.push(listener),
+            // A machine without the other protocol is no worse for it.
+            Err(error) => tracing::debug!("{error:#}"),
+        }
+    }
+    Ok(listeners)
+}
+
+fn base_url(address: SocketAddr) -> String {
+    match address.ip() {
+        ip if ip.is_unspecified() => format!("http://127.0.0.1:{}", address.port()),
+        _ => format!("http://{address}"),
+    }
+}
+
+/// Keeps the first key where the command line and scripts on this machine find it.
+fn write_local_env(data_dir: &Path, url: &str, first: &Bootstrap) -> anyhow::Result<()> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let path = data_dir.join("local.env");
+    let mut file = std::fs::File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&path)
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    writeln!(file, "WRENN_API_KEY={}\nWRENN_BASE_URL={url}", first.api_key)?;
+    Ok(())
+}
+
+fn announce(url: &str, data_dir: &Path, first: Option<&Bootstrap>, took: Duration) {
+    eprintln!(
+        "\nWrenn serves {url} (after {:.1} s).  API: {url}/docs  Try it: {url}/test",
+        took.as_secs_f32()
+    );
+    let env = data_dir.join("local.env");
+    let Some(first) = first else {
+        eprintln!("API key: see {}. Ctrl-C ends it.\n", env.display());
+        return;
+    };
+    let key = &first.api_key;
+    let program =
+        std::env::current_exe().map_or_else(|_| "wrenn".to_owned(), |path| path.display().to_string());
+    let custom = if std::env::var_os("WRENN_DIR").is_some() || DirArgs::defaults().data_dir() != data_dir {
+        format!("WRENN_DIR={} ", data_dir.display())
+    } else {
+        String::new()
+    };
+    println!(
+        "\
+API key (shown this once; kept in {env}):
+  {key}
+
+Try it once the template is ready:
+  curl -sS -X POST -H 'X-API-Key: {key}' -H 'Content-Type: application/json' -d '{{\"timeout_sec\":600}}' '{url}/v1/sandboxes?wait=60'
+  {custom}{program} run -- python3 -c 'print(6 * 7)'
+  python3 -c \"import json,urllib.request as r; call=lambda p,b: json.load(r.urlopen(r.Request('{url}/v1/sandboxes'+p,json.dumps(b).encode(),{{'X-API-Key':'{key}','Content-Type':'application/json'}}))); s=call('?wait=60',{{'timeout_sec':600}}); print(call('/'+s['id']+'/exec',{{'cmd':'uname','args':['-a']}})['stdout'])\"
+",
+        env = env.display(),
+    );
+}
+
+/// Shows how the built-in template comes along, until it is ready or has failed.
+async fn show_build(mut progress: tokio::sync::watch::Receiver<BuildState>) {
+    let bar = ProgressBar::new(100);
+    if let Ok(style) =
+        ProgressStyle::with_template("{spinner} template 'minimal' [{bar:30}] {pos}% {msg} ({elapsed})")
+    {
+        bar.set_style(style);
+    }
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let plain = bar.is_hidden();
+    loop {
+        let state = progress.borrow_and_update().clone();
+        match state {
+            BuildState::Building { percent, step } => {
+                bar.set_position(u64::from(percent));
+                if plain {
+                    eprintln!("template 'minimal': {percent}% {step}");
+                }
+                bar.set_message(step);
+            }
+            BuildState::Ready { size_bytes } => {
+                bar.finish_and_clear();
+                eprintln!("Template 'minimal' is ready ({} MiB).", size_bytes >> 20);
+                return;
+            }
+            BuildState::Failed(why) => {
+                bar.finish_and_clear();
+                eprintln!(
+                    "Template 'minimal' could not be made: {why}\nMend the cause and start again; finished steps are kept."
+                );
+                return;
+            }
+        }
+        if progress.changed().await.is_err() {
+            return;
+        }
+    }
+}
+
+/// Ctrl-C, SIGTERM and SIGHUP.
+struct Signals {
+    interrupt: Signal,
+    terminate: Signal,
+    hangup: Signal,
+}
+
+impl Signals {
+    fn listen() -> std::io::Result<Self> {
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+            hangup: signal(SignalKind::hangup())?,
+        })
+    }
+
+    async fn next(&mut self) {
+        tokio::select! {
+            _ = self.interrupt.recv() => {}
+            _ = self.terminate.recv() => {}
+            _ = self.hangup.recv() => {}
+        }
+    }
+}
