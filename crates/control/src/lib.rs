@@ -119,7 +119,6 @@ impl ControlPlane {
     }
 
     /// The HTTP API.
-    #[must_use]
     pub fn router(&self) -> axum::Router {
         api::router(self.services.clone())
     }

@@ -438,6 +438,27 @@ async fn a_silent_host_makes_its_sandboxes_missing_until_it_is_back() {
 }
 
 #[tokio::test]
+async fn a_start_whose_host_dies_is_tried_again_when_it_is_back() {
+    let mut world = World::new().await;
+    world.host.hold(Call::Create);
+    let (_, body) = world.post("/v1/sandboxes", json!({})).await;
+    let sandbox = body["id"].as_str().expect("an id").to_owned();
+    world.host.wait_arrived(Call::Create, 1).await;
+    world.host.disconnect();
+    let mut world = world
+        .restart_with(|config| config.timings.host_silence = std::time::Duration::ZERO)
+        .await;
+    world.running.control.reconcile().await.expect("a pass");
+    let (_, body) = world.get(&format!("/v1/sandboxes/{sandbox}")).await;
+    assert_eq!(body["status"], "starting", "{body}");
+    world.host.release(Call::Create);
+    world.host.reconnect().await;
+    world.host.heartbeat().await;
+    world.until(&sandbox, "running").await;
+    assert_eq!(world.host.with(|model| model.sandboxes.len()), 1);
+}
+
+#[tokio::test]
 async fn the_monitor_heals_what_the_host_knows_better() {
     let world = World::new().await;
     let (lost, died, slept) = (

@@ -201,6 +201,34 @@ async fn what_is_wrong_is_said_before_or_in_the_socket() {
 }
 
 #[tokio::test]
+async fn a_browser_sends_its_key_first() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    for (route, opened) in [("exec/stream", "start"), ("pty", "started")] {
+        let url = world
+            .url(&format!("/v1/sandboxes/{sandbox}/{route}"))
+            .replacen("http", "ws", 1);
+        let (socket, _) = tokio_tungstenite::connect_async(&url).await.expect("a WebSocket");
+        let mut socket = Socket(socket);
+        socket.send(json!({"type": "auth", "api_key": world.key})).await;
+        socket
+            .send(json!({"type": "start", "cmd": "echo", "args": ["hi"]}))
+            .await;
+        assert_eq!(socket.frame().await["type"], opened);
+        for first in [
+            json!({"type": "auth", "api_key": "wrn_no"}),
+            json!({"type": "start", "cmd": "echo"}),
+        ] {
+            let (socket, _) = tokio_tungstenite::connect_async(&url).await.expect("a WebSocket");
+            let mut socket = Socket(socket);
+            socket.send(first).await;
+            assert_eq!(socket.frame().await["code"], "unauthorized");
+            socket.closed().await;
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_client_that_does_not_read_stops_the_program() {
     let world = World::new().await;
     let sandbox = world.sandbox().await;

@@ -32,6 +32,27 @@ impl FromRequestParts<Services> for Caller {
     }
 }
 
+/// The caller of a WebSocket: by API key, or not yet known. Browsers cannot set headers on a WebSocket,
+/// so the key may come in the first message; a key that is in a header has to be valid.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct SocketCaller(pub(crate) Option<Principal>);
+
+impl FromRequestParts<Services> for SocketCaller {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
+        let tried = [
+            header::HeaderName::from_static("x-api-key"),
+            header::AUTHORIZATION,
+        ];
+        if !tried.iter().any(|name| parts.headers.contains_key(name)) {
+            return Ok(Self(None));
+        }
+        let Caller(principal) = Caller::from_request_parts(parts, services).await?;
+        Ok(Self(Some(principal)))
+    }
+}
+
 /// The calling host agent, by its bearer token.
 #[derive(Debug, Clone)]
 pub(crate) struct Agent(pub(crate) Host);

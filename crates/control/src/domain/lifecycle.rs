@@ -190,9 +190,9 @@ pub fn goal(status: Status) -> Option<Status> {
 
 /// The statuses that a silent host turns into `missing`.
 ///
-/// `stopping` stays: the wish to destroy outlives the silence. `pending` has not reached the host.
-pub const GO_MISSING: [Status; 6] = [
-    Status::Starting,
+/// `stopping` stays: the wish to destroy outlives the silence. So do `pending` and `starting`: there is
+/// nothing yet that could be missed, and the start is tried again, elsewhere if need be.
+pub const GO_MISSING: [Status; 5] = [
     Status::Running,
     Status::Pausing,
     Status::Paused,

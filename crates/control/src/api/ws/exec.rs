@@ -11,9 +11,11 @@ use futures::StreamExt;
 use tokio::sync::mpsc;
 use wrenn_proto::rest::{ClientFrame, ErrorBody, ServerFrame};
 
-use super::{Gone, Received, Sink, TextDecoder, bounded, close, error_frame, fail, first, receive, send};
+use super::{
+    Gone, Received, Sink, TextDecoder, bounded, close, error_frame, fail, first, identify, receive, send,
+};
 use crate::api::error::{ApiError, ApiResult};
-use crate::api::extract::{Caller, Segments};
+use crate::api::extract::{Segments, SocketCaller};
 use crate::service::Services;
 use crate::service::processes::{Input, ProcessEvent, ProcessHandle, ProcessStream, Selector, Spec};
 use crate::{Error, ErrorCode};
@@ -47,14 +49,20 @@ pub(super) fn upgrade(upgrade: Upgrade) -> ApiResult<WebSocketUpgrade> {
     (status = 404, body = ErrorBody, description = "`not_found`")))]
 pub(crate) async fn exec_stream(
     State(services): State<Services>,
-    Caller(caller): Caller,
+    SocketCaller(caller): SocketCaller,
     Segments(id): Segments<String>,
     socket: Upgrade,
 ) -> ApiResult<Response> {
-    services.sandbox(caller, &id).await?;
+    if let Some(caller) = caller {
+        services.sandbox(caller, &id).await?;
+    }
     let socket = upgrade(socket)?;
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
+        let caller = match identify(&services, caller, &mut stream).await {
+            Ok(caller) => caller,
+            Err(error) => return fail(&mut sink, &error).await,
+        };
         let started = match first(&mut stream).await {
             None => return,
             Some(Ok(ClientFrame::Start {
@@ -104,15 +112,21 @@ pub(crate) async fn exec_stream(
     (status = 404, body = ErrorBody, description = "`not_found`")))]
 pub(crate) async fn process_stream(
     State(services): State<Services>,
-    Caller(caller): Caller,
+    SocketCaller(caller): SocketCaller,
     Segments((id, selector)): Segments<(String, String)>,
     socket: Upgrade,
 ) -> ApiResult<Response> {
     let selector = Selector::parse(&selector)?;
-    services.sandbox(caller, &id).await?;
+    if let Some(caller) = caller {
+        services.sandbox(caller, &id).await?;
+    }
     let socket = upgrade(socket)?;
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
+        let caller = match identify(&services, caller, &mut stream).await {
+            Ok(caller) => caller,
+            Err(error) => return fail(&mut sink, &error).await,
+        };
         match services.connect_process(caller, &id, selector).await {
             Ok((events, handle)) => {
                 follow(&services, &mut sink, &mut stream, events, &handle, false, false).await

@@ -4,6 +4,9 @@
 //! side, so a client that does not read what its program prints holds up the program (the RPC stream
 //! is not read either) but can still be heard when it says `stop`. Every connection ends with a close
 //! frame, since older clients take anything else for an error.
+//!
+//! A client that cannot set headers (a browser) sends its key in a first message of its own:
+//! `{"type":"auth","api_key":"wrn_…"}`.
 
 pub(crate) mod exec;
 pub(crate) mod pty;
@@ -13,9 +16,12 @@ use std::time::Duration;
 use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket, WebSocketUpgrade};
 use futures::stream::SplitSink;
 use futures::{SinkExt, StreamExt};
+use serde::Deserialize;
 use wrenn_proto::rest::{ClientFrame, ServerFrame};
 
 use crate::Error;
+use crate::domain::Principal;
+use crate::service::Services;
 
 /// Largest frame of a client.
 const MAX_FRAME: usize = 1 << 20;
@@ -95,6 +101,33 @@ pub(super) async fn receive(
     }
 }
 
+/// The message in which a browser sends its key.
+#[derive(Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+enum AuthFrame {
+    Auth { api_key: String },
+}
+
+/// Who the client is: known from the headers, or told now in the first message.
+pub(super) async fn identify(
+    services: &Services,
+    caller: Option<Principal>,
+    stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
+) -> Result<Principal, Error> {
+    if let Some(caller) = caller {
+        return Ok(caller);
+    }
+    let message = tokio::time::timeout(FIRST_FRAME, stream.next()).await;
+    let key = match message {
+        Ok(Some(Ok(Message::Text(text)))) => match serde_json::from_str(&text) {
+            Ok(AuthFrame::Auth { api_key }) => Some(api_key),
+            Err(_) => None,
+        },
+        _ => None,
+    };
+    services.authenticate_key(key.as_deref()).await
+}
+
 /// The first frame, which has to come in time and be JSON.
 pub(super) async fn first(
     stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
@@ -120,8 +153,7 @@ impl TextDecoder {
         self.rest.extend_from_slice(data);
         let mut text = String::with_capacity(self.rest.len());
         let mut at = 0;
-        loop {
-            let Some(bytes) = self.rest.get(at..) else { break };
+        while let Some(bytes) = self.rest.get(at..) {
             match std::str::from_utf8(bytes) {
                 Ok(valid) => {
                     text.push_str(valid);

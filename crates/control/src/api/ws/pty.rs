@@ -28,9 +28,9 @@ use tokio::sync::{mpsc, watch};
 use wrenn_proto::rest::{ClientFrame, ErrorBody, ServerFrame};
 
 use super::exec::upgrade;
-use super::{Gone, Received, Sink, close, error_frame, fail, first, receive, send};
+use super::{Gone, Received, Sink, close, error_frame, fail, first, identify, receive, send};
 use crate::api::error::ApiResult;
-use crate::api::extract::{Caller, Params, Segments};
+use crate::api::extract::{Params, Segments, SocketCaller};
 use crate::service::Services;
 use crate::service::processes::{Input, ProcessEvent, ProcessHandle, ProcessStream, Selector, Spec};
 use crate::{Error, ErrorCode};
@@ -74,13 +74,15 @@ type Upgrade = Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketU
     (status = 404, body = ErrorBody, description = "`not_found`")))]
 pub(crate) async fn pty(
     State(services): State<Services>,
-    Caller(caller): Caller,
+    SocketCaller(caller): SocketCaller,
     Segments(id): Segments<String>,
     Params(PtyParams { encoding }): Params<PtyParams>,
     headers: HeaderMap,
     socket: Upgrade,
 ) -> ApiResult<Response> {
-    services.sandbox(caller, &id).await?;
+    if let Some(caller) = caller {
+        services.sandbox(caller, &id).await?;
+    }
     let socket = upgrade(socket)?;
     let agent = headers
         .get(header::USER_AGENT)
@@ -89,6 +91,10 @@ pub(crate) async fn pty(
     let encoding = encoding.or_else(|| (!agent.starts_with("python-httpx")).then_some(Encoding::Binary));
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
+        let caller = match identify(&services, caller, &mut stream).await {
+            Ok(caller) => caller,
+            Err(error) => return fail(&mut sink, &error).await,
+        };
         let mut encoding = encoding;
         let opened = match first(&mut stream).await {
             None => return,
