@@ -30,14 +30,28 @@ struct Key {
 
 impl Key {
     fn here() -> Option<Self> {
-        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().to_owned();
+        let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+            .ok()?
+            .trim()
+            .to_owned();
         let device = std::fs::metadata(DEVICE).ok()?;
         let (qemu, cpu) = match Qemu::find(Accelerator::Tcg, MemoryCgroup::Unavailable, None) {
             Ok(qemu) => (qemu.platform().version, qemu.host_cpu),
             Err(_) => (String::new(), String::new()),
         };
-        let device = (device.dev(), device.rdev(), device.ino(), device.permissions().mode());
-        Some(Self { program: env!("CARGO_PKG_VERSION").to_owned(), boot_id, cpu, qemu, device })
+        let device = (
+            device.dev(),
+            device.rdev(),
+            device.ino(),
+            device.permissions().mode(),
+        );
+        Some(Self {
+            program: env!("CARGO_PKG_VERSION").to_owned(),
+            boot_id,
+            cpu,
+            qemu,
+            device,
+        })
     }
 }
 
@@ -54,7 +68,11 @@ fn path(cache_dir: &Path) -> PathBuf {
 fn read(cache_dir: &Path, key: &Key) -> Option<ProbeReport> {
     use std::io::Read as _;
     let mut bytes = Vec::new();
-    std::fs::File::open(path(cache_dir)).ok()?.take(LIMIT).read_to_end(&mut bytes).ok()?;
+    std::fs::File::open(path(cache_dir))
+        .ok()?
+        .take(LIMIT)
+        .read_to_end(&mut bytes)
+        .ok()?;
     let entry: Entry = serde_json::from_slice(&bytes).ok()?;
     (entry.key == *key).then_some(entry.report)
 }
@@ -65,7 +83,8 @@ fn write(cache_dir: &Path, entry: &Entry) {
         std::fs::create_dir_all(cache_dir)?;
         let partial = cache_dir.join(format!(".accelerator.{}", uuid::Uuid::new_v4().simple()));
         let text = serde_json::to_vec_pretty(entry).map_err(std::io::Error::other)?;
-        let written = std::fs::write(&partial, text).and_then(|()| std::fs::rename(&partial, path(cache_dir)));
+        let written =
+            std::fs::write(&partial, text).and_then(|()| std::fs::rename(&partial, path(cache_dir)));
         if written.is_err() {
             let _ = std::fs::remove_file(&partial);
         }
@@ -101,7 +120,13 @@ pub fn probe_fresh(cache_dir: &Path, program: &Path) -> ProbeReport {
 fn probe_and_keep(cache_dir: &Path, program: &Path, key: Option<Key>) -> ProbeReport {
     let Outcome { report, lasting } = run_child(Command::new(program).arg(CHILD_COMMAND));
     if lasting && let Some(key) = key {
-        write(cache_dir, &Entry { key, report: report.clone() });
+        write(
+            cache_dir,
+            &Entry {
+                key,
+                report: report.clone(),
+            },
+        );
     }
     report
 }
@@ -126,15 +151,39 @@ mod tests {
         let cache = dir.path().join("not/yet");
         assert_eq!(read(&cache, &key()), None);
         let report = ProbeReport::unusable("slow", Some(400.0), None);
-        write(&cache, &Entry { key: key(), report: report.clone() });
+        write(
+            &cache,
+            &Entry {
+                key: key(),
+                report: report.clone(),
+            },
+        );
         assert_eq!(read(&cache, &key()), Some(report));
         for other in [
-            Key { program: "2".to_owned(), ..key() },
-            Key { boot_id: "x".to_owned(), ..key() },
-            Key { cpu: "x".to_owned(), ..key() },
-            Key { qemu: "10.0.3".to_owned(), ..key() },
-            Key { device: (1, 2, 4, 0o600), ..key() },
-            Key { device: (1, 2, 3, 0o660), ..key() },
+            Key {
+                program: "2".to_owned(),
+                ..key()
+            },
+            Key {
+                boot_id: "x".to_owned(),
+                ..key()
+            },
+            Key {
+                cpu: "x".to_owned(),
+                ..key()
+            },
+            Key {
+                qemu: "10.0.3".to_owned(),
+                ..key()
+            },
+            Key {
+                device: (1, 2, 4, 0o600),
+                ..key()
+            },
+            Key {
+                device: (1, 2, 3, 0o660),
+                ..key()
+            },
         ] {
             assert_eq!(read(&cache, &other), None, "{other:?}");
         }

@@ -118,7 +118,11 @@ mod tests {
     use super::*;
 
     fn program(xsave: bool, cmpxchg16b: bool) -> Program {
-        Program { rounds: 1_000_000, xsave, cmpxchg16b }
+        Program {
+            rounds: 1_000_000,
+            xsave,
+            cmpxchg16b,
+        }
     }
 
     fn contains(code: &[u8], bytes: &[u8]) -> bool {
@@ -128,11 +132,19 @@ mod tests {
     #[test]
     fn the_code_follows_the_processors_features() {
         let plain = program(false, false).code();
-        assert!(contains(&plain, &[0x48, 0x0f, 0xae, 0x04, 0x25]) && contains(&plain, &[0x48, 0x0f, 0xae, 0x0c, 0x25]));
+        assert!(
+            contains(&plain, &[0x48, 0x0f, 0xae, 0x04, 0x25])
+                && contains(&plain, &[0x48, 0x0f, 0xae, 0x0c, 0x25])
+        );
         assert!(!contains(&plain, &[0x0f, 0x01, 0xd1]) && !contains(&plain, &[0xf0, 0x48, 0x0f, 0xc7]));
         let full = program(true, true).code();
-        assert!(contains(&full, &[0x48, 0x0f, 0xae, 0x24, 0x25]) && contains(&full, &[0x48, 0x0f, 0xae, 0x2c, 0x25]));
-        assert!(contains(&full, &[0x0f, 0x01, 0xd1]) && contains(&full, &[0xf0, 0x48, 0x0f, 0xc7, 0x0c, 0x25]));
+        assert!(
+            contains(&full, &[0x48, 0x0f, 0xae, 0x24, 0x25])
+                && contains(&full, &[0x48, 0x0f, 0xae, 0x2c, 0x25])
+        );
+        assert!(
+            contains(&full, &[0x0f, 0x01, 0xd1]) && contains(&full, &[0xf0, 0x48, 0x0f, 0xc7, 0x0c, 0x25])
+        );
         assert!(full.ends_with(&[0xf4, 0xeb, 0xfd]));
     }
 

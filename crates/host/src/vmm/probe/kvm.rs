@@ -27,17 +27,29 @@ pub(super) fn run(rounds: u32, mut reached: impl FnMut(Milestone)) -> Result<(),
     let kvm = Kvm::new().map_err(|error| format!("/dev/kvm cannot be opened: {}", reason(error)))?;
     let version = kvm.get_api_version();
     if version != 12 {
-        return Err(format!("/dev/kvm speaks version {version} of its interface, not 12"));
+        return Err(format!(
+            "/dev/kvm speaks version {version} of its interface, not 12"
+        ));
     }
-    let vm = kvm.create_vm().map_err(|error| format!("it cannot create a VM: {}", reason(error)))?;
+    let vm = kvm
+        .create_vm()
+        .map_err(|error| format!("it cannot create a VM: {}", reason(error)))?;
     // Only some processors need it; where it matters and fails, the run fails with a reason of its own.
     let _ = vm.set_tss_address(TSS_ADDRESS);
 
     let cpuid = kvm
         .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
         .map_err(|error| format!("it does not tell its processor's features: {}", reason(error)))?;
-    let features = cpuid.as_slice().iter().find(|entry| entry.function == 1).map_or(0, |entry| entry.ecx);
-    let program = guest::Program { rounds, xsave: features & (1 << 26) != 0, cmpxchg16b: features & (1 << 13) != 0 };
+    let features = cpuid
+        .as_slice()
+        .iter()
+        .find(|entry| entry.function == 1)
+        .map_or(0, |entry| entry.ecx);
+    let program = guest::Program {
+        rounds,
+        xsave: features & (1 << 26) != 0,
+        cmpxchg16b: features & (1 << 13) != 0,
+    };
 
     let mut memory =
         MmapMut::map_anon(guest::MEMORY).map_err(|error| format!("no memory for the guest: {error}"))?;
@@ -55,9 +67,13 @@ pub(super) fn run(rounds: u32, mut reached: impl FnMut(Milestone)) -> Result<(),
     unsafe { vm.set_user_memory_region(region) }
         .map_err(|error| format!("it does not take the guest's memory: {}", reason(error)))?;
 
-    let mut vcpu = vm.create_vcpu(0).map_err(|error| format!("it cannot create a processor: {}", reason(error)))?;
-    vcpu.set_cpuid2(&cpuid).map_err(|error| format!("it refuses its own features: {}", reason(error)))?;
-    enter_long_mode(&vcpu, program.xsave).map_err(|error| format!("it refuses 64-bit mode: {}", reason(error)))?;
+    let mut vcpu = vm
+        .create_vcpu(0)
+        .map_err(|error| format!("it cannot create a processor: {}", reason(error)))?;
+    vcpu.set_cpuid2(&cpuid)
+        .map_err(|error| format!("it refuses its own features: {}", reason(error)))?;
+    enter_long_mode(&vcpu, program.xsave)
+        .map_err(|error| format!("it refuses 64-bit mode: {}", reason(error)))?;
     let outcome = drive(&mut vcpu, &program, &mut reached);
     drop(vcpu);
     drop(memory);
@@ -77,11 +93,22 @@ fn enter_long_mode(vcpu: &VcpuFd, xsave: bool) -> Result<(), kvm_ioctls::Error> 
         g: 1,
         ..Default::default()
     };
-    let data = kvm_segment { selector: guest::DATA_SELECTOR, type_: 3, l: 0, db: 1, ..code };
+    let data = kvm_segment {
+        selector: guest::DATA_SELECTOR,
+        type_: 3,
+        l: 0,
+        db: 1,
+        ..code
+    };
     sregs.cs = code;
     (sregs.ds, sregs.es, sregs.fs, sregs.gs, sregs.ss) = (data, data, data, data, data);
     // A busy 64-bit TSS: the processor insists on one, though nothing here uses it.
-    sregs.tr = kvm_segment { limit: 0x67, type_: 0xb, present: 1, ..Default::default() };
+    sregs.tr = kvm_segment {
+        limit: 0x67,
+        type_: 0xb,
+        present: 1,
+        ..Default::default()
+    };
     sregs.gdt.base = guest::GDT;
     sregs.gdt.limit = guest::GDT_LIMIT;
     sregs.idt.base = 0;
@@ -117,7 +144,11 @@ impl Stage {
     }
 }
 
-fn drive(vcpu: &mut VcpuFd, program: &guest::Program, reached: &mut impl FnMut(Milestone)) -> Result<(), String> {
+fn drive(
+    vcpu: &mut VcpuFd,
+    program: &guest::Program,
+    reached: &mut impl FnMut(Milestone),
+) -> Result<(), String> {
     let mut stage = Stage::Loop;
     let mut started = Instant::now();
     loop {
@@ -141,9 +172,24 @@ fn drive(vcpu: &mut VcpuFd, program: &guest::Program, reached: &mut impl FnMut(M
                 started = Instant::now();
             }
             Ok(VcpuExit::Intr) => {}
-            Ok(exit) => return Err(format!("the guest stopped in its {}: {}", stage.name(), name(&exit))),
-            Err(error) if [Errno::INTR, Errno::AGAIN].map(Errno::raw_os_error).contains(&error.errno()) => {}
-            Err(error) => return Err(format!("the guest cannot run its {}: {}", stage.name(), reason(error))),
+            Ok(exit) => {
+                return Err(format!(
+                    "the guest stopped in its {}: {}",
+                    stage.name(),
+                    name(&exit)
+                ));
+            }
+            Err(error)
+                if [Errno::INTR, Errno::AGAIN]
+                    .map(Errno::raw_os_error)
+                    .contains(&error.errno()) => {}
+            Err(error) => {
+                return Err(format!(
+                    "the guest cannot run its {}: {}",
+                    stage.name(),
+                    reason(error)
+                ));
+            }
         }
     }
 }
@@ -152,7 +198,9 @@ fn name(exit: &VcpuExit<'_>) -> String {
     match exit {
         VcpuExit::InternalError => "internal error of KVM (an instruction that it cannot emulate)".to_owned(),
         VcpuExit::Shutdown => "the processor raised an exception".to_owned(),
-        VcpuExit::FailEntry(code, _) => format!("the processor refused to enter the guest (reason {code:#x})"),
+        VcpuExit::FailEntry(code, _) => {
+            format!("the processor refused to enter the guest (reason {code:#x})")
+        }
         other => format!("{other:?}"),
     }
 }
