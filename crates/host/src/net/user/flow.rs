@@ -483,7 +483,7 @@ impl Device for Port<'_> {
     }
 
     fn transmit(&mut self, _: smoltcp::time::Instant) -> Option<Sending<'_>> {
-        self.sink.has_room().then(|| Sending {
+        self.sink.has_room().then_some(Sending {
             sink: self.sink,
             discard: false,
             capture: self.capture.as_deref_mut(),

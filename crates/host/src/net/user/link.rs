@@ -34,8 +34,8 @@ pub(super) struct OversizeFrame {
     pub(super) len: usize,
 }
 
-/// Splits the first frame off `bytes`: the frame and what follows it, or `None` while it is incomplete.
-fn split_frame(bytes: &[u8]) -> Result<Option<(&[u8], &[u8])>, OversizeFrame> {
+/// The first frame in `bytes`, or `None` while it is incomplete.
+fn first_frame(bytes: &[u8]) -> Result<Option<&[u8]>, OversizeFrame> {
     let Some((prefix, rest)) = bytes.split_first_chunk::<PREFIX_LEN>() else {
         return Ok(None);
     };
@@ -43,7 +43,7 @@ fn split_frame(bytes: &[u8]) -> Result<Option<(&[u8], &[u8])>, OversizeFrame> {
     if len > MAX_FRAME {
         return Err(OversizeFrame { len });
     }
-    Ok(rest.split_at_checked(len))
+    Ok(rest.get(..len))
 }
 
 /// Cuts frames out of the bytes read from the peer.
@@ -79,7 +79,7 @@ impl FrameReader {
 
     /// The next whole frame among the bytes read so far.
     pub(super) fn next_frame(&mut self) -> Result<Option<&[u8]>, OversizeFrame> {
-        let Some((frame, _)) = split_frame(&self.buffer[self.start..self.end])? else {
+        let Some(frame) = first_frame(&self.buffer[self.start..self.end])? else {
             return Ok(None);
         };
         self.start += PREFIX_LEN + frame.len();
@@ -286,8 +286,8 @@ mod tests {
 
         #[test]
         fn any_bytes_are_frames_or_an_error(bytes in proptest::collection::vec(any::<u8>(), 0..200)) {
-            match split_frame(&bytes) {
-                Ok(Some((frame, rest))) => prop_assert_eq!(PREFIX_LEN + frame.len() + rest.len(), bytes.len()),
+            match first_frame(&bytes) {
+                Ok(Some(frame)) => prop_assert_eq!(frame, &bytes[PREFIX_LEN..PREFIX_LEN + frame.len()]),
                 Ok(None) => {}
                 Err(OversizeFrame { len }) => prop_assert!(len > MAX_FRAME),
             }

@@ -52,3 +52,19 @@ async fn exchange(dst: Ipv4Addr, seq_no: u16, data: &[u8]) -> io::Result<Vec<u8>
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_ping_is_answered_where_the_system_grants_the_socket() {
+        match timeout(PATIENCE, exchange(Ipv4Addr::LOCALHOST, 7, b"hello"))
+            .await
+            .expect("loopback answers")
+        {
+            Ok(data) => assert_eq!(data, b"hello"),
+            Err(error) => assert_eq!(error.kind(), io::ErrorKind::PermissionDenied),
+        }
+    }
+}
