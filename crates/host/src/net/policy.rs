@@ -204,7 +204,6 @@ fn is_private(dst: Ipv4Addr) -> bool {
         || (a == 192 && b == 0 && c == 0)
         // Benchmark networks.
         || (a == 198 && (b == 18 || b == 19))
-        || dst.is_documentation()
         // A virtual address through which one large cloud's virtual machines talk to their host.
         || dst == Ipv4Addr::new(168, 63, 129, 16)
 }

@@ -3,8 +3,6 @@
 use std::io;
 use std::path::PathBuf;
 
-use rustix::process::{Pid, Resource, Rlimit, prlimit};
-
 /// Memory that QEMU needs beside its guest's: code, device state, I/O buffers and the translation cache.
 const OVERHEAD_BYTES: u64 = 320 << 20;
 
@@ -54,9 +52,23 @@ impl MemoryCgroup {
         }
     }
 
+    /// The resource limits with which a VMM process starts, in the words of util-linux's `prlimit`, which sets them on
+    /// itself and becomes the program behind it. From outside they could be set only with a capability
+    /// (`CAP_SYS_RESOURCE`) that an agent in a container may lack.
+    pub(crate) fn resource_limits(&self, limits: Limits) -> Vec<String> {
+        // A full disk image with its tables, and nothing else of that size.
+        let file_size = (u64::from(limits.disk_mb) << 20) / 16 * 17 + (64 << 20);
+        let mut arguments = vec!["--core=0".to_owned(), "--nofile=1024".to_owned(), format!("--fsize={file_size}")];
+        if matches!(self, Self::Unavailable) {
+            // Address space is not memory: QEMU maps far more than it uses (thread stacks, the translation cache).
+            arguments.push(format!("--as={}", memory_bytes(limits) + (4 << 30)));
+        }
+        arguments
+    }
+
     /// Puts process `pid` under `limits` in a group called `name`.
     pub(crate) fn confine(&self, name: &str, pid: u32, limits: Limits) -> io::Result<()> {
-        let memory = (u64::from(limits.memory_mb) << 20) + OVERHEAD_BYTES;
+        let memory = memory_bytes(limits);
         if let Some(group) = self.group(name) {
             match std::fs::create_dir(&group) {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
@@ -65,18 +77,6 @@ impl MemoryCgroup {
             let file = if matches!(self, Self::V2(_)) { "memory.max" } else { "memory.limit_in_bytes" };
             std::fs::write(group.join(file), memory.to_string())?;
             std::fs::write(group.join("cgroup.procs"), pid.to_string())?;
-        }
-        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-        let set = |resource, value| {
-            prlimit(pid, resource, Rlimit { current: Some(value), maximum: Some(value) }).map(drop)
-        };
-        set(Resource::Core, 0)?;
-        set(Resource::Nofile, 1024)?;
-        // A full disk image with its tables, and nothing else of that size.
-        set(Resource::Fsize, (u64::from(limits.disk_mb) << 20) / 16 * 17 + (64 << 20))?;
-        if matches!(self, Self::Unavailable) {
-            // Address space is not memory: QEMU maps far more than it uses (thread stacks, the translation cache).
-            set(Resource::As, memory + (4 << 30))?;
         }
         Ok(())
     }
@@ -90,6 +90,10 @@ impl MemoryCgroup {
             tracing::warn!(group = %group.display(), %error, "cannot remove a VM's memory group");
         }
     }
+}
+
+fn memory_bytes(limits: Limits) -> u64 {
+    (u64::from(limits.memory_mb) << 20) + OVERHEAD_BYTES
 }
 
 fn usable(group: PathBuf, control: &str) -> Option<PathBuf> {

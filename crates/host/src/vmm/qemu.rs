@@ -72,6 +72,12 @@ pub(crate) struct LaunchSpec<'a> {
     pub(crate) boot: Option<BootSource<'a>>,
 }
 
+impl LaunchSpec<'_> {
+    fn limits(&self) -> Limits {
+        Limits { memory_mb: self.shape.memory_mb, disk_mb: self.disk_mb }
+    }
+}
+
 impl Qemu {
     /// Finds QEMU and its version.
     ///
@@ -128,7 +134,8 @@ impl Qemu {
     fn command(&self, spec: &LaunchSpec<'_>) -> Command {
         let booting = spec.boot.is_some();
         let platform = self.platform();
-        let mut command = Command::new(&self.binary);
+        let mut command = Command::new("prlimit");
+        command.args(self.cgroup.resource_limits(spec.limits())).arg(&self.binary);
         let mut arg = |flag: &str, value: String| {
             command.arg(flag).arg(value);
         };
@@ -219,10 +226,9 @@ impl Qemu {
             vm: Vm { process, qmp: None, cgroup: self.cgroup.clone(), name: spec.name.to_owned() },
             memory_bytes: u64::from(spec.shape.memory_mb) << 20,
         };
-        let limits = Limits { memory_mb: spec.shape.memory_mb, disk_mb: spec.disk_mb };
-        let outcome = match self.cgroup.confine(spec.name, launched.vm.process.pid(), limits) {
+        let outcome = match self.cgroup.confine(spec.name, launched.vm.process.pid(), spec.limits()) {
             Ok(()) => launched.greet(spec.dir).await,
-            Err(error) => Err(HostError::Vmm(format!("cannot limit the VM's process: {error}"))),
+            Err(error) => Err(HostError::Vmm(format!("cannot limit the memory of the VM's process: {error}"))),
         };
         match outcome {
             Ok(()) => Ok(launched),
@@ -339,8 +345,9 @@ impl Vm {
                 }
             }
         }
-        let socket = dir.path().join(VmDir::INCOMING);
-        std::fs::remove_file(&socket).at("remove", socket)
+        // QEMU removes the socket itself, some versions only after a while.
+        let _ = std::fs::remove_file(dir.path().join(VmDir::INCOMING));
+        Ok(())
     }
 
     async fn status(&mut self) -> Result<String> {
