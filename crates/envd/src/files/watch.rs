@@ -28,6 +28,8 @@ use crate::users::Names;
 
 /// Events kept for a client that does not fetch them; the kernel's own queue holds as many.
 const MAX_PENDING: usize = 16_384;
+/// Reads of the kernel's queue at a time; together they are as much as it holds.
+const MAX_READS: usize = 64;
 /// Watchers at a time; each may hold many kernel watches.
 const MAX_WATCHERS: usize = 256;
 /// Directories per watcher.
@@ -65,6 +67,15 @@ struct WatchState {
     pending: VecDeque<FilesystemEvent>,
     /// Entries reported because they were found in a new directory; the kernel may report them once more.
     found: HashSet<PathBuf>,
+    /// Read at most once for a batch of events.
+    names: Option<Names>,
+}
+
+/// What a round of reading left in the kernel's queue.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Queue {
+    Empty,
+    Filled,
 }
 
 impl Watcher {
@@ -77,6 +88,7 @@ impl Watcher {
             directories: HashMap::new(),
             pending: VecDeque::new(),
             found: HashSet::new(),
+            names: None,
         };
         state.add(root)?;
         if options.recursive {
@@ -101,12 +113,13 @@ impl Watcher {
         self.arrived.notified().await;
     }
 
-    fn pull(&self) {
+    fn pull(&self) -> Queue {
         let mut state = lock(&self.state);
-        state.drain();
+        let queue = state.drain();
         if !state.pending.is_empty() {
             self.arrived.notify_one();
         }
+        queue
     }
 }
 
@@ -160,25 +173,27 @@ impl WatchState {
         }
     }
 
-    /// Moves all events from the kernel's queue to the pending ones.
-    fn drain(&mut self) {
+    /// Moves events from the kernel's queue to the pending ones: all of them, unless they come faster than they
+    /// can be moved.
+    fn drain(&mut self) -> Queue {
         let mut buffer = [0u8; 16 * 1024];
-        loop {
+        self.names = None;
+        for _ in 0..MAX_READS {
             let events: Vec<_> = match self.inotify.read_events(&mut buffer) {
                 Ok(events) => events.map(|event| event.to_owned()).collect(),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                // Usually "would block": all has been read.
-                Err(_) => break,
+                // Usually "would block": all has been read. Whatever happened before new directories were read
+                // has been in the queue just emptied.
+                Err(_) => {
+                    self.found.clear();
+                    return Queue::Empty;
+                }
             };
-            if events.is_empty() {
-                break;
-            }
             for event in events {
                 self.handle(&event.wd, event.mask, event.name.as_deref().map(Path::new));
             }
         }
-        // Whatever happened before the directories were read has been in the queue just emptied.
-        self.found.clear();
+        Queue::Filled
     }
 
     fn handle(&mut self, descriptor: &WatchDescriptor, mask: EventMask, name: Option<&Path>) {
@@ -352,11 +367,15 @@ async fn follow(watcher: Weak<Watcher>, readiness: AsyncFd<OwnedFd>) {
         let Ok(mut guard) = readiness.readable().await else {
             return;
         };
-        let Some(watcher) = watcher.upgrade() else { return };
-        watcher.pull();
+        // Cleared before the queue is emptied, so that what comes during that wakes this task again.
         guard.clear_ready();
-        // What came between the pull and the clearing would not wake this task again.
-        watcher.pull();
+        while watcher
+            .upgrade()
+            .is_some_and(|watcher| watcher.pull() == Queue::Filled)
+        {
+            // Somebody writes without pause: the other tasks of this thread have their turn first.
+            tokio::task::yield_now().await;
+        }
     }
 }
 

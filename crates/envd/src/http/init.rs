@@ -25,6 +25,8 @@ use crate::state::Agent;
 use crate::unsafe_calls;
 
 const CA_BUNDLE: &str = "/etc/ssl/certs/ca-certificates.crt";
+/// Where Debian's `update-ca-certificates`, which writes the bundle anew, looks for local additions.
+const CA_LOCAL: &str = "/usr/local/share/ca-certificates/wrenn-host.crt";
 /// The kernel's own bound (`__NEW_UTS_LEN`).
 const MAX_HOSTNAME: usize = 64;
 
@@ -219,11 +221,14 @@ fn hosts_with(hosts: &str, name: &str) -> String {
 fn trust(pem: &str) -> io::Result<()> {
     let pem = pem.trim();
     let bundle = fs::read_to_string(CA_BUNDLE).unwrap_or_default();
+    for file in [CA_LOCAL, CA_BUNDLE] {
+        if let Some(dir) = std::path::Path::new(file).parent() {
+            fs::create_dir_all(dir)?;
+        }
+    }
+    fs::write(CA_LOCAL, format!("{pem}\n"))?;
     if bundle.contains(pem) {
         return Ok(());
-    }
-    if let Some(dir) = std::path::Path::new(CA_BUNDLE).parent() {
-        fs::create_dir_all(dir)?;
     }
     let mut file = File::options().append(true).create(true).open(CA_BUNDLE)?;
     let gap = if bundle.is_empty() || bundle.ends_with('\n') {

@@ -244,3 +244,19 @@ async fn the_end_of_the_directory_itself_is_an_event() {
     fs::remove_dir(agent.path("watched")).expect("removed");
     assert_eq!(poll(&agent, &id).await, pairs(&[("REMOVE", ".")]));
 }
+
+#[tokio::test]
+async fn a_flood_of_events_neither_stops_nor_fills_the_agent() {
+    let agent = start().await;
+    let id = watcher(&agent, json!({ "recursive": true, "includeEntry": true })).await;
+    let script = "cd watched; for i in $(seq 30000); do echo x > f$((i % 500)); done";
+    let mut flood = agent.shell(script).await;
+    flood.pid().await;
+    // Served all the while; events that nobody fetches are dropped in the end.
+    assert_eq!(agent.shell("echo fine").await.finish().await.stdout(), "fine\n");
+    assert_eq!(flood.finish().await.exit_code(), 0);
+    let kept = poll(&agent, &id).await.len();
+    assert!((500..=16_384).contains(&kept), "{kept}");
+    fs::write(agent.path("watched/last"), "").expect("written");
+    assert_eq!(poll(&agent, &id).await, pairs(&[("CREATE", "last")]));
+}
