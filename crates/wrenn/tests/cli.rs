@@ -5,6 +5,7 @@ mod stub;
 
 use std::io::{Read as _, Write as _};
 use std::process::{Command, Output, Stdio};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
@@ -489,34 +490,76 @@ fn a_shell_without_a_terminal_takes_piped_input() {
     assert!(screen.contains("80x24") && screen.contains("HELLO"), "{screen}");
 }
 
-/// Runs a script in a terminal of its own, with what is typed there.
-fn in_terminal(
-    platform: &Platform,
-    script: &str,
-    typed: impl FnOnce(&mut dyn std::io::Write),
-) -> (String, i32) {
-    let mut child = platform
-        .command(&[])
-        .args([] as [&str; 0])
-        .get_envs()
-        .fold(&mut Command::new("script"), |command, (name, value)| {
-            command.env(name, value.unwrap())
-        })
-        .args(["-qefc", script, "/dev/null"])
-        .env("WRENN", env!("CARGO_BIN_EXE_wrenn"))
-        .current_dir(platform.dir.path())
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut stdin = child.stdin.take().unwrap();
-    typed(&mut stdin);
-    let output = child.wait_with_output().unwrap();
-    drop(stdin);
-    (
-        String::from_utf8_lossy(&output.stdout).into_owned(),
-        output.status.code().unwrap(),
-    )
+/// A script in a terminal of its own.
+struct Terminal {
+    child: std::process::Child,
+    keys: std::process::ChildStdin,
+    screen: Arc<Mutex<Vec<u8>>>,
+    reader: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Terminal {
+    fn start(platform: &Platform, script: &str) -> Self {
+        let mut command = Command::new("script");
+        for (name, value) in platform.command(&[]).get_envs() {
+            command.env(name, value.unwrap());
+        }
+        let mut child = command
+            .args(["-qefc", script, "/dev/null"])
+            .env("WRENN", env!("CARGO_BIN_EXE_wrenn"))
+            .current_dir(platform.dir.path())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let screen = Arc::<Mutex<Vec<u8>>>::default();
+        let (mut output, shown) = (child.stdout.take().unwrap(), Arc::clone(&screen));
+        let reader = std::thread::spawn(move || {
+            let mut buffer = [0; 1024];
+            while let Ok(read @ 1..) = output.read(&mut buffer) {
+                shown.lock().unwrap().extend_from_slice(&buffer[..read]);
+            }
+        });
+        Self {
+            keys: child.stdin.take().unwrap(),
+            child,
+            screen,
+            reader: Some(reader),
+        }
+    }
+
+    fn screen(&self) -> String {
+        String::from_utf8_lossy(&self.screen.lock().unwrap()).into_owned()
+    }
+
+    fn wait_for(&self, text: &str) {
+        wait_until(&format!("{text:?} on the screen"), || {
+            self.screen().contains(text)
+        });
+    }
+
+    fn press(&mut self, keys: &[u8]) {
+        self.keys.write_all(keys).unwrap();
+    }
+
+    /// The whole screen and the exit code.
+    fn end(mut self) -> (String, i32) {
+        let mut code = None;
+        wait_until("the end of the script", || {
+            code = self.child.try_wait().unwrap();
+            code.is_some()
+        });
+        self.reader.take().unwrap().join().unwrap();
+        (self.screen(), code.and_then(|status| status.code()).unwrap())
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        // Only when the test fails: it has ended otherwise.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// The terminal's settings before and after, as the script prints them.
@@ -529,54 +572,65 @@ fn assert_restored(screen: &str) {
     assert_eq!(settings[0], settings[1], "{screen}");
 }
 
-const AROUND: &str = "stty rows 33 cols 99; echo STTY $(stty -g); ";
+/// A script that shows the terminal's settings around a shell in a sandbox.
+fn around(shell: &str) -> String {
+    format!(
+        "stty rows 33 cols 99; echo STTY $(stty -g); {shell}; code=$?; echo; echo STTY $(stty -g); exit $code"
+    )
+}
 
 #[test]
 fn a_shell_uses_the_terminal_raw_and_restores_it() {
     let platform = Platform::start();
     let id = platform.stub.sandbox();
-    let script =
-        format!("{AROUND} \"$WRENN\" sandbox shell {id}; code=$?; echo; echo STTY $(stty -g); exit $code");
-    let (screen, code) = in_terminal(&platform, &script, |keys| {
-        wait_until("the terminal", || {
-            platform.stub.count(&format!("GET /v1/sandboxes/{id}/pty")) == 1
-        });
-        // Ctrl-C is a key like any other there.
-        keys.write_all(b"\x03exit 4\r").unwrap();
-    });
+    let mut terminal = Terminal::start(&platform, &around(&format!("\"$WRENN\" sandbox shell {id}")));
+    terminal.wait_for("99x33");
+    // Ctrl-C is a key like any other there.
+    terminal.press(b"\x03\rexit 4\r");
+    let (screen, code) = terminal.end();
     assert_eq!(code, 4, "{screen}");
-    assert!(screen.contains("99x33"), "{screen}");
     assert_restored(&screen);
 }
 
 #[test]
-fn a_shell_can_be_left_and_a_killed_one_restores_the_terminal() {
+fn a_shell_can_be_left_and_found_again() {
     let platform = Platform::start();
     let id = platform.stub.sandbox();
-    let script =
-        format!("{AROUND} \"$WRENN\" sandbox shell {id}; code=$?; echo; echo STTY $(stty -g); exit $code");
-    let (screen, code) = in_terminal(&platform, &script, |keys| {
-        wait_until("the terminal", || {
-            platform.stub.count(&format!("GET /v1/sandboxes/{id}/pty")) == 1
-        });
-        keys.write_all(b"~.").unwrap();
-    });
+    let mut terminal = Terminal::start(&platform, &around(&format!("\"$WRENN\" sandbox shell {id}")));
+    terminal.wait_for("99x33");
+    terminal.press(b"~.");
+    let (screen, code) = terminal.end();
     assert_eq!(code, 0, "{screen}");
     assert!(screen.contains("--connect pty-1"), "{screen}");
     assert_restored(&screen);
 
-    let script = format!(
-        "{AROUND} \"$WRENN\" sandbox shell {id} & echo $! > pid; wait $!; code=$?; echo; echo STTY $(stty -g); exit $code"
+    let script = around(&format!("\"$WRENN\" sandbox shell {id} --connect pty-1"));
+    let mut terminal = Terminal::start(&platform, &script);
+    terminal.wait_for("back at \"pty-1\"");
+    // It may have had another size before.
+    terminal.wait_for("\"cols\":99");
+    terminal.press(b"exit 0\r");
+    assert_restored(&terminal.end().0);
+}
+
+#[test]
+fn a_shell_that_is_killed_restores_the_terminal() {
+    let platform = Platform::start();
+    let id = platform.stub.sandbox();
+    // A background command of a script has no input unless it is given.
+    let script = around(&format!(
+        "exec 3<&0; \"$WRENN\" sandbox shell {id} <&3 & echo $! > pid; wait $!"
+    ));
+    let terminal = Terminal::start(&platform, &script);
+    terminal.wait_for("99x33");
+    assert!(
+        Command::new("kill")
+            .arg(platform.read("pid").trim())
+            .status()
+            .unwrap()
+            .success()
     );
-    // Job control is off in a script, so the background command still has the terminal.
-    let script = format!("set +m; exec 3<&0; {}", script.replace(" & echo", " <&3 & echo"));
-    let (screen, code) = in_terminal(&platform, &script, |_| {
-        wait_until("the terminal", || {
-            platform.stub.count(&format!("GET /v1/sandboxes/{id}/pty")) == 2
-        });
-        let pid = platform.read("pid");
-        assert!(Command::new("kill").arg(pid.trim()).status().unwrap().success());
-    });
+    let (screen, code) = terminal.end();
     assert_eq!(code, 143, "{screen}");
     assert_restored(&screen);
     assert_eq!(platform.stub.count("FRAME {\"type\":\"kill\"}"), 1);
@@ -586,20 +640,18 @@ fn a_shell_can_be_left_and_a_killed_one_restores_the_terminal() {
 fn a_changed_window_reaches_the_sandbox() {
     let platform = Platform::start();
     let id = platform.stub.sandbox();
-    let script =
-        format!("(while ! [ -e resize ]; do :; done; stty rows 50 cols 132) & \"$WRENN\" sandbox shell {id}");
-    let (screen, code) = in_terminal(&platform, &script, |keys| {
-        wait_until("the terminal", || {
-            platform.stub.count(&format!("GET /v1/sandboxes/{id}/pty")) == 1
-        });
-        // The handler of the signal is there before the first key is passed on, which the sandbox echoes.
-        keys.write_all(b"x").unwrap();
-        platform.write("resize", "");
-        wait_until("the resize", || {
-            platform.stub.count("FRAME {\"cols\":132,\"rows\":50") == 1
-        });
-        keys.write_all(b"\rexit 0\r").unwrap();
-    });
+    let resize = "(while ! [ -e resize ]; do sleep 0.02; done; stty rows 50 cols 132 <&3) &";
+    let mut terminal = Terminal::start(
+        &platform,
+        &format!("exec 3<&0; {resize} \"$WRENN\" sandbox shell {id}"),
+    );
+    // Once a key has been passed on, changes are listened for.
+    terminal.press(b"q");
+    terminal.wait_for("Q");
+    platform.write("resize", "");
+    terminal.wait_for("\"cols\":132,\"rows\":50");
+    terminal.press(b"\rexit 0\r");
+    let (screen, code) = terminal.end();
     assert_eq!(code, 0, "{screen}");
 }
 

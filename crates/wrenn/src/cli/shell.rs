@@ -52,7 +52,7 @@ pub(super) async fn main(context: &Context, args: ShellArgs) -> Result<ExitCode,
             pty = sandbox.pty_connect(tag) => pty?,
             interrupt = signals.recv() => return Err(CliError::Interrupted(interrupt)),
         };
-        return attach(&sandbox, pty, &mut signals).await;
+        return attach(&sandbox, pty, None, &mut signals).await;
     }
     let mut command = args.command.into_iter();
     let options = match command.next() {
@@ -105,7 +105,7 @@ pub(super) async fn start(
         pty = sandbox.pty(&options) => pty?,
         interrupt = signals.recv() => return Err(CliError::Interrupted(interrupt)),
     };
-    attach(sandbox, pty, signals).await
+    attach(sandbox, pty, Some((cols, rows)), signals).await
 }
 
 /// Why the connection to a terminal ended.
@@ -115,10 +115,16 @@ enum Left {
     Detached,
 }
 
-async fn attach(sandbox: &SandboxHandle, mut pty: Pty, signals: &mut Signals) -> Result<ExitCode, CliError> {
+/// Connects this terminal to one in a sandbox, which has been told this size.
+async fn attach(
+    sandbox: &SandboxHandle,
+    mut pty: Pty,
+    told: Option<(u32, u32)>,
+    signals: &mut Signals,
+) -> Result<ExitCode, CliError> {
     let raw = RawMode::enter()?;
     let (detach, detached) = oneshot::channel();
-    let typing = tokio::spawn(type_and_resize(pty.writer(), raw.is_some(), detach));
+    let typing = tokio::spawn(type_and_resize(pty.writer(), raw.is_some(), told, detach));
     let left = tokio::select! {
         code = show(&mut pty) => code.map(|code| Left::Ended(Ending::Exited(code))),
         Ok(()) = detached => Ok(Left::Detached),
@@ -162,13 +168,24 @@ async fn show(pty: &mut Pty) -> Result<i32, CliError> {
 }
 
 /// Passes on keys and sizes. Ends when the connection is gone, or with `~.`.
-async fn type_and_resize(writer: PtyWriter, interactive: bool, detach: oneshot::Sender<()>) {
-    let mut keys = stdin::read();
-    let mut typing = true;
-    let mut escape = Escape::new();
+async fn type_and_resize(
+    writer: PtyWriter,
+    interactive: bool,
+    told: Option<(u32, u32)>,
+    detach: oneshot::Sender<()>,
+) {
     let Ok(mut resized) = signal(SignalKind::window_change()) else {
         return;
     };
+    // It may have changed before the signal was listened for, or be another terminal than the last.
+    if let Some((cols, rows)) = terminal::size().filter(|size| told != Some(*size))
+        && writer.resize(cols, rows).await.is_err()
+    {
+        return;
+    }
+    let mut keys = stdin::read();
+    let mut typing = true;
+    let mut escape = Escape::new();
     loop {
         let sent = tokio::select! {
             typed = keys.recv(), if typing => match typed {
