@@ -44,6 +44,8 @@ pub struct HostConfig {
     pub guest_ca_bundle: Option<PathBuf>,
     /// When running as root: the ids of VM processes.
     pub vm_ids: VmIds,
+    /// Virtual machines of the built-in template that wait, restored and warm, for the next creates.
+    pub pool: usize,
     /// Breaks operations at a step. Tests only.
     pub fault: Option<FaultHook>,
 }
@@ -89,10 +91,11 @@ impl HostAgent {
         let (manager, events) = Manager::new(
             layout,
             qemu,
-            Arc::clone(&templates),
+            templates,
             slots,
             config.egress.clone(),
             config.capacity,
+            config.pool,
             config.fault.clone(),
         );
         manager.recover().await?;
@@ -121,7 +124,10 @@ impl HostAgent {
         });
         let stop_reporting = CancellationToken::new();
         let reporting = tokio::spawn(reporter.run(events, stop_reporting.clone()));
-        let preparing = tokio::spawn(async move { templates.prepare_minimal().await });
+        let preparing = tokio::spawn({
+            let manager = manager.clone();
+            async move { manager.prepare().await }
+        });
         Ok(Self { manager, address, stop_reporting, reporting, serving, preparing, _lock: lock })
     }
 

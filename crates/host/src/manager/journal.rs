@@ -38,7 +38,12 @@ pub(crate) enum Phase {
     /// Nobody has been told that it runs: remove it.
     Starting,
     /// Its VM runs, or is being paused: find it again and let it go on.
-    Running { process: ProcessId, slot: u32 },
+    Running {
+        process: ProcessId,
+        slot: u32,
+        /// Name of its memory group.
+        vm: String,
+    },
     /// Its saved state is complete: any VM of it that is found has not run a single instruction yet.
     Paused,
     /// Its VM is lost.

@@ -6,6 +6,7 @@ pub(crate) mod console;
 mod driver;
 pub(crate) mod journal;
 mod metrics;
+mod pool;
 mod recover;
 pub(crate) mod slots;
 mod vm;
@@ -111,6 +112,7 @@ pub(crate) struct Shared {
     pub(crate) policy: EgressPolicy,
     pub(crate) capacity: Capacity,
     pub(crate) tasks: TaskTracker,
+    pool: pool::Pool,
     fault: Option<FaultHook>,
     events: mpsc::UnboundedSender<Event>,
     sandboxes: Mutex<HashMap<SandboxId, Entry>>,
@@ -238,6 +240,7 @@ impl Manager {
         slots: Arc<Slots>,
         policy: EgressPolicy,
         capacity: Capacity,
+        pool: usize,
         fault: Option<FaultHook>,
     ) -> (Self, mpsc::UnboundedReceiver<Event>) {
         let (events, receiver) = mpsc::unbounded_channel();
@@ -249,6 +252,7 @@ impl Manager {
             policy,
             capacity,
             tasks: TaskTracker::new(),
+            pool: pool::Pool::new(pool),
             fault,
             events,
             sandboxes: Mutex::new(HashMap::new()),
@@ -300,6 +304,7 @@ impl Manager {
         // A task of its own: a caller that hangs up half-way must not leave half a sandbox.
         let manager = self.clone();
         let work = shared.tasks.spawn(async move {
+            let _under_way = manager.shared.pool.begin_create();
             let dir = VmDir::new(manager.shared.layout.sandboxes().join(record.id.to_string()));
             let outcome = manager.build(&dir, &mut record, image).await;
             match outcome {
@@ -326,8 +331,28 @@ impl Manager {
     }
 
     async fn build(&self, dir: &VmDir, record: &mut Record, image: crate::template::Image) -> Result<vm::Running> {
+        if let Some(warm) = self.shared.pool.claim(&image) {
+            // QEMU works in the folder itself, whatever its name.
+            std::fs::rename(warm.dir.path(), dir.path()).at("move into place", dir.path())?;
+            record.write(dir)?;
+            match vm::greet(&self.shared, dir, record, warm.restored).await {
+                Ok(running) => return Ok(running),
+                Err(error) => {
+                    tracing::warn!(%error, "a prepared virtual machine was no good; starting another");
+                    std::fs::remove_dir_all(dir.path()).at("remove", dir.path())?;
+                    record.phase = Phase::Starting;
+                }
+            }
+        }
         std::fs::create_dir(dir.path()).at("create", dir.path())?;
         vm::create(&self.shared, dir, record, image).await
+    }
+
+    /// Makes the built-in template if it is missing, then keeps virtual machines of it ready.
+    pub(crate) async fn prepare(&self) {
+        self.shared.templates.prepare_minimal().await;
+        let shared = Arc::clone(&self.shared);
+        self.shared.tasks.spawn(async move { shared.pool.keep_full(Arc::clone(&shared)).await });
     }
 
     fn handle(&self, id: SandboxId) -> Result<Handle> {
@@ -412,6 +437,7 @@ impl Manager {
 
     /// Ends all tasks; running sandboxes are paused first, or left running to be found by the next agent.
     pub(crate) async fn retire(&self, pause: bool, told: impl Fn(usize, usize)) {
+        self.shared.pool.close().await;
         let handles: Vec<Handle> = self
             .shared
             .sandboxes()

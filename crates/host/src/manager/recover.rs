@@ -37,7 +37,7 @@ impl Manager {
         let mut counts = (0, 0, 0);
         for (dir, mut record) in found {
             let (origin, reason) = match record.phase.clone() {
-                Phase::Running { process, slot } => match self.adopt(&dir, &record, process, slot).await {
+                Phase::Running { process, slot, vm } => match self.adopt(&dir, &record, process, slot, &vm).await {
                     Ok(running) => {
                         counts.0 += 1;
                         (Origin::Running(Box::new(running)), Some("adopted"))
@@ -66,14 +66,16 @@ impl Manager {
             shared.sandboxes().insert(id, Entry::Live(handle));
         }
         // After the processes that may have worked there.
-        let tmp = shared.layout.tmp();
-        for entry in std::fs::read_dir(&tmp).at("list", &tmp)?.flatten() {
-            let path = entry.path();
-            let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
-            if let Err(error) = removed {
-                tracing::warn!(path = %path.display(), %error, "cannot remove unfinished work of an earlier run");
+        for folder in [shared.layout.tmp(), shared.layout.pool()] {
+            for entry in std::fs::read_dir(&folder).at("list", &folder)?.flatten() {
+                let path = entry.path();
+                let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+                if let Err(error) = removed {
+                    tracing::warn!(path = %path.display(), %error, "cannot remove unfinished work of an earlier run");
+                }
             }
         }
+        shared.qemu.cgroup.sweep();
         shared.collect_images();
         if counts != (0, 0, 0) {
             tracing::info!(running = counts.0, paused = counts.1, lost = counts.2, "found the sandboxes of an earlier run");
@@ -81,20 +83,24 @@ impl Manager {
         Ok(())
     }
 
-    async fn adopt(&self, dir: &VmDir, record: &Record, process: ProcessId, slot: u32) -> Result<vm::Running> {
+    async fn adopt(
+        &self,
+        dir: &VmDir,
+        record: &Record,
+        process: ProcessId,
+        slot: u32,
+        name: &str,
+    ) -> Result<vm::Running> {
         let slot = self.shared.slots.take_exactly(slot).ok_or_else(|| {
             crate::error::HostError::Vmm("its place is another sandbox's".to_owned())
         })?;
-        vm::adopt(&self.shared, dir, record, process, slot).await
+        vm::adopt(&self.shared, dir, record, process, name, slot).await
     }
 
     fn sweep(&self, dir: &VmDir) {
         let grave = self.shared.layout.tmp().join(format!("swept-{}", uuid::Uuid::new_v4().simple()));
         if let Err(error) = std::fs::rename(dir.path(), &grave) {
             tracing::warn!(dir = %dir.path().display(), %error, "cannot remove a half-made sandbox");
-        }
-        if let Some(name) = dir.path().file_name().and_then(|name| name.to_str()) {
-            self.shared.qemu.cgroup.remove(name);
         }
     }
 }

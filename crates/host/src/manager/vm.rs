@@ -22,6 +22,7 @@ use crate::memory::{self, FlatImage, Saved};
 use crate::net::{EgressPolicy, LinkTask, UserNet};
 use crate::template::Image;
 use crate::template::store::Manifest;
+use crate::vmm::Shape;
 use crate::vmm::qemu::{LaunchSpec, Vm};
 
 /// What a running sandbox holds. Dropping it leaves the VM running.
@@ -31,7 +32,7 @@ pub(crate) struct Running {
     pub(crate) console: Console,
     pub(crate) image: Image,
     /// Its number is the VM's as long as this lives.
-    pub(crate) slot: Slot,
+    _slot: Slot,
     _net: UserNet,
     _link: LinkTask,
 }
@@ -44,29 +45,49 @@ pub(crate) async fn link(dir: &VmDir, policy: EgressPolicy) -> Result<(UserNet, 
     Ok(UserNet::start(stream, crate::net::UserNetConfig::new(policy)))
 }
 
+/// A VM with its memory and devices restored, its guest standing still, and all that the host holds of it.
+pub(crate) struct Restored {
+    vm: Vm,
+    console: Console,
+    image: Image,
+    slot: Slot,
+    net: UserNet,
+    link: LinkTask,
+}
+
 /// Creates a sandbox's VM from an image, in the folder `dir` that the caller made and removes on failure.
 pub(crate) async fn create(shared: &Arc<Shared>, dir: &VmDir, record: &mut Record, image: Image) -> Result<Running> {
-    shared.step(Step::Slot)?;
-    let slot = shared.slots.take()?;
-    shared.step(Step::Disk)?;
-    create_overlay(
-        &dir.disk(),
-        u64::from(image.manifest.disk_mb) << 20,
-        &image.dir.disk(),
-        BackingFormat::Qcow2,
-    )?;
     shared.step(Step::Journal)?;
     record.phase = Phase::Starting;
     record.write(dir)?;
+    let restored = restore(shared, dir, image).await?;
+    greet(shared, dir, record, restored).await
+}
+
+/// Brings up a VM from an image, up to but without its first instruction. On failure only files are left in `dir`.
+pub(crate) async fn restore(shared: &Arc<Shared>, dir: &VmDir, image: Image) -> Result<Restored> {
+    shared.step(Step::Slot)?;
+    let slot = shared.slots.take()?;
+    shared.step(Step::Disk)?;
+    let bytes = u64::from(image.manifest.disk_mb) << 20;
+    create_overlay(&dir.disk(), bytes, &image.dir.disk(), BackingFormat::Qcow2)?;
     shared.step(Step::Launch)?;
-    let launched = shared.qemu.launch(&launch_spec(dir, record, &image, &slot)).await?;
+    let spec = launch_spec(dir, image.manifest.shape, image.manifest.disk_mb, &image, &slot);
+    let launched = shared.qemu.launch(&spec).await?;
     if let Err(error) = shared.step(Step::Restore) {
         launched.kill().await;
         return Err(error);
     }
     let mut vm = launched.load(dir, &image.dir.state()).await?;
-    match bring_up(shared, dir, record, &image, &mut vm, &slot).await {
-        Ok((net, link, guest, console)) => Ok(Running { vm, guest, console, image, slot, _net: net, _link: link }),
+    let linked = async {
+        shared.step(Step::Network)?;
+        let console = Console::attach(dir).await;
+        let (net, link) = link(dir, shared.policy.clone()).await?;
+        Ok((console, net, link))
+    }
+    .await;
+    match linked {
+        Ok((console, net, link)) => Ok(Restored { vm, console, image, slot, net, link }),
         Err(error) => {
             vm.kill().await;
             Err(error)
@@ -74,17 +95,32 @@ pub(crate) async fn create(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
     }
 }
 
-async fn bring_up(
+/// Makes a restored VM the sandbox of `record`, whose folder is `dir` by now. On failure the VM is gone.
+pub(crate) async fn greet(
+    shared: &Arc<Shared>,
+    dir: &VmDir,
+    record: &mut Record,
+    mut restored: Restored,
+) -> Result<Running> {
+    match make_sandbox(shared, dir, record, &mut restored).await {
+        Ok(guest) => {
+            let Restored { vm, console, image, slot, net, link } = restored;
+            Ok(Running { vm, guest, console, image, _slot: slot, _net: net, _link: link })
+        }
+        Err(error) => {
+            restored.vm.kill().await;
+            Err(error)
+        }
+    }
+}
+
+async fn make_sandbox(
     shared: &Shared,
     dir: &VmDir,
     record: &mut Record,
-    image: &Image,
-    vm: &mut Vm,
-    slot: &Slot,
-) -> Result<(UserNet, LinkTask, GuestClient, Console)> {
-    shared.step(Step::Network)?;
-    let console = Console::attach(dir).await;
-    let (net, link) = link(dir, shared.policy.clone()).await?;
+    restored: &mut Restored,
+) -> Result<GuestClient> {
+    let Restored { vm, console, image, slot, net, .. } = restored;
     let grow = record.disk_mb > image.manifest.disk_mb;
     if grow {
         vm.resize_disk(u64::from(record.disk_mb) << 20).await?;
@@ -93,9 +129,9 @@ async fn bring_up(
     vm.cont().await?;
     shared.step(Step::Greet)?;
     // The restored agent still believes in the token with which it was frozen.
+    let frozen = GuestClient::new(net, &image.manifest.token);
     let entropy: [u8; 256] = random()?;
     let machine_id: [u8; 16] = random()?;
-    let frozen = GuestClient::new(&net, &image.manifest.token);
     let request = InitRequest {
         timestamp: Some(jiff::Timestamp::now().to_string()),
         env_vars: Some(record.envs.clone()),
@@ -113,21 +149,56 @@ async fn bring_up(
             return Err(HostError::Vmm(format!("it ended at its start ({exit}): {}", console.tail())));
         }
     }
-    let guest = GuestClient::new(&net, &record.token);
     shared.step(Step::Finish)?;
-    record.phase = Phase::Running { process: vm.process_id(), slot: slot.number() };
+    record.phase = running_phase(vm, slot);
     record.write(dir)?;
-    Ok((net, link, guest, console))
+    Ok(GuestClient::new(net, &record.token))
 }
 
-fn launch_spec<'a>(dir: &'a VmDir, record: &'a Record, image: &'a Image, slot: &Slot) -> LaunchSpec<'a> {
+fn running_phase(vm: &Vm, slot: &Slot) -> Phase {
+    Phase::Running { process: vm.process_id(), slot: slot.number(), vm: vm.name().to_owned() }
+}
+
+impl Restored {
+    /// Lets the guest do once what every sandbox does first, then stops it again: under emulation the first run of any
+    /// code costs many times the second.
+    pub(crate) async fn warm_up(&mut self) -> Result<()> {
+        self.vm.cont().await?;
+        let guest = GuestClient::new(&self.net, &self.image.manifest.token);
+        let warm = async {
+            guest.wait_healthy(Duration::from_secs(60)).await?;
+            for command in ["/bin/true", "/bin/sh"] {
+                let spec = wrenn_proto::hostagent::ProcessSpec {
+                    cmd: command.to_owned(),
+                    args: if command == "/bin/sh" { vec!["-c".to_owned(), "echo warm".to_owned()] } else { vec![] },
+                    ..Default::default()
+                };
+                guest.collect(spec, Some(Duration::from_secs(60)), 0).await?;
+            }
+            Ok(())
+        };
+        tokio::select! {
+            outcome = warm => outcome?,
+            exit = self.vm.exited() => {
+                return Err(HostError::Vmm(format!("it ended while warming up ({exit}): {}", self.console.tail())));
+            }
+        }
+        self.vm.stop().await
+    }
+
+    /// Undo.
+    pub(crate) async fn kill(mut self) {
+        self.vm.kill().await;
+    }
+}
+
+fn launch_spec<'a>(dir: &'a VmDir, shape: Shape, disk_mb: u32, image: &'a Image, slot: &Slot) -> LaunchSpec<'a> {
     LaunchSpec {
         name: dir.path().file_name().and_then(|name| name.to_str()).unwrap_or("vm"),
         dir,
         slot: slot.number(),
-        shape: record.shape,
-        disk_mb: record.disk_mb,
-        // A static path inside the image, alive as long as the image is.
+        shape,
+        disk_mb,
         memory: image.memory_path(),
         boot: None,
     }
@@ -151,13 +222,13 @@ pub(crate) async fn adopt(
     dir: &VmDir,
     record: &Record,
     process: crate::vmm::process::ProcessId,
+    name: &str,
     slot: Slot,
 ) -> Result<Running> {
     let image = shared.templates.image_at(&record.image)?;
-    let name = dir.path().file_name().and_then(|name| name.to_str()).unwrap_or("vm").to_owned();
     let mut vm = shared
         .qemu
-        .adopt(&name, process, dir)
+        .adopt(name, process, dir)
         .await
         .ok_or_else(|| HostError::Vmm("the virtual machine ended while the host agent was away".to_owned()))?;
     for leftover in [dir.partial_state(), dir.partial_memory()] {
@@ -176,7 +247,7 @@ pub(crate) async fn adopt(
     match outcome {
         Ok((console, net, link)) => {
             let guest = GuestClient::new(&net, &record.token);
-            Ok(Running { vm, guest, console, image, slot, _net: net, _link: link })
+            Ok(Running { vm, guest, console, image, _slot: slot, _net: net, _link: link })
         }
         Err(error) => {
             vm.kill().await;
@@ -226,7 +297,7 @@ pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
     shared.check_memory(record.shape)?;
     let slot = shared.slots.take()?;
     shared.step(Step::Launch)?;
-    let launched = shared.qemu.launch(&launch_spec(dir, record, &image, &slot)).await?;
+    let launched = shared.qemu.launch(&launch_spec(dir, record.shape, record.disk_mb, &image, &slot)).await?;
     let prepared = async {
         shared.step(Step::Restore)?;
         let mapped = launched.memory(&image.dir.memory())?;
@@ -255,7 +326,7 @@ pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
         }
     };
     // From the next instruction on the saved memory no longer fits the disk.
-    record.phase = Phase::Running { process: vm.process_id(), slot: slot.number() };
+    record.phase = running_phase(&vm, &slot);
     let outcome = match record.write(dir) {
         Ok(()) => vm.cont().await,
         Err(error) => Err(error),
@@ -277,7 +348,7 @@ pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
         Ok(Err(error)) => tracing::warn!(sandbox = %record.id, %error, "a resumed guest did not take the time"),
         Err(_) => tracing::warn!(sandbox = %record.id, "a resumed guest's agent does not answer"),
     }
-    Ok(Running { vm, guest, console, image, slot, _net: net, _link: link })
+    Ok(Running { vm, guest, console, image, _slot: slot, _net: net, _link: link })
 }
 
 /// Makes a template of a sandbox. Returns its size in bytes. A running guest stands still only while its state is

@@ -51,8 +51,11 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
     let modules = plan.kernel.modules();
     let archive = initramfs::build(ENVD, &initramfs::read_modules(&modules)?);
     std::fs::write(&initrd, archive).at("write", &initrd)?;
+    // The cache may be in a place that only the agent can enter, such as root's home.
+    let vmlinux = plan.work.join("vmlinux");
+    std::fs::copy(plan.kernel.vmlinux(), &vmlinux).at("copy the kernel to", &vmlinux)?;
     if let Some(ids) = qemu.vm_ids {
-        for path in [&memory, &initrd] {
+        for path in [&memory, &initrd, &vmlinux] {
             std::os::unix::fs::chown(path, Some(ids.first_uid + plan.slot), Some(ids.gid))
                 .at("hand over to the VM's user", path)?;
         }
@@ -76,7 +79,7 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
         shape: plan.shape,
         disk_mb: plan.disk_mb,
         memory: &memory,
-        boot: Some(BootSource { kernel: &plan.kernel.vmlinux(), initramfs: &initrd, cmdline: &cmdline }),
+        boot: Some(BootSource { kernel: &vmlinux, initramfs: &initrd, cmdline: &cmdline }),
     };
     progress.step(75, "booting the virtual machine once");
     let mut vm = qemu.launch(&spec).await?.booted();
@@ -93,7 +96,7 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
     };
     vm.kill().await;
     outcome?;
-    for leftover in [VmDir::QMP, VmDir::NET, VmDir::CONSOLE, "initramfs.cpio", "vmm.log"] {
+    for leftover in [VmDir::QMP, VmDir::NET, VmDir::CONSOLE, "initramfs.cpio", "vmlinux", "vmm.log"] {
         let _ = std::fs::remove_file(plan.work.join(leftover));
     }
     Image::seal(

@@ -81,6 +81,17 @@ impl MemoryCgroup {
         Ok(())
     }
 
+    /// Removes the groups that no process is in, which is what killed agents leave.
+    pub(crate) fn sweep(&self) {
+        let (Self::V1(root) | Self::V2(root)) = self else { return };
+        for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+                // The kernel refuses while a process is in it, of this agent or another.
+                let _ = std::fs::remove_dir(entry.path());
+            }
+        }
+    }
+
     /// Removes the group of a VM whose process has ended.
     pub(crate) fn remove(&self, name: &str) {
         if let Some(group) = self.group(name)

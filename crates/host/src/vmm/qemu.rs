@@ -315,6 +315,11 @@ impl Vm {
         self.qmp.as_mut().ok_or_else(|| HostError::Vmm("its control socket is gone".to_owned()))
     }
 
+    /// Name of its memory group.
+    pub(crate) fn name(&self) -> &str {
+        &self.name
+    }
+
     pub(crate) fn process_id(&self) -> super::process::ProcessId {
         self.process.id()
     }

@@ -137,6 +137,16 @@ pub(crate) struct HostArgs {
     /// Virtual machines at one time
     #[arg(long, env = "WRENN_MAX_VMS", value_name = "N", default_value_t = 1000, value_parser = clap::value_parser!(u32).range(1..=50_000), help_heading = "Host")]
     pub(crate) max_vms: u32,
+    /// Virtual machines of the template `minimal` that wait, restored and warm, for the next creates; each holds
+    /// some 60 MiB
+    #[arg(
+        long,
+        env = "WRENN_POOL",
+        value_name = "N",
+        default_value_t = 2,
+        help_heading = "Host"
+    )]
+    pub(crate) pool: usize,
     /// PEM certificates that guests trust: a file, `none` for Debian's own, or `auto` for the host's when an
     /// authority was added to them
     #[arg(

@@ -34,6 +34,7 @@ pub(super) fn config(args: &UpArgs, json: bool) -> ExitCode {
         ("WRENN_ACCEL", format!("{:?}", args.host.accel).to_lowercase()),
         ("WRENN_MEMORY_MB", capacity.memory_mb.to_string()),
         ("WRENN_MAX_VMS", capacity.max_vms.to_string()),
+        ("WRENN_POOL", args.host.pool.to_string()),
         ("WRENN_GUEST_CA_BUNDLE", bundle),
         ("WRENN_EGRESS_OFF", (!egress.allow_internet).to_string()),
         ("WRENN_EGRESS_ALLOW_PRIVATE", egress.allow_private.to_string()),

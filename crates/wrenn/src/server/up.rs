@@ -171,6 +171,7 @@ fn host_config(dirs: &DirArgs, host: &HostArgs, control_plane: String, token: Op
         capacity: host.capacity(),
         guest_ca_bundle: host.ca_bundle(),
         vm_ids: VM_IDS,
+        pool: host.pool,
         fault: None,
     }
 }

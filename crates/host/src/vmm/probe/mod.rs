@@ -294,7 +294,7 @@ fn judge(output: &[u8], elapsed: Duration) -> Outcome {
         }
     }
     let figure = counted.map_or_else(String::new, |(rounds, millis)| {
-        format!(" (a counted loop of {rounds} rounds took {millis:.1} ms)")
+        format!("; a counted loop of {rounds} rounds took {millis:.1} ms")
     });
     let report = match end {
         Some(Event::Finished { millis }) => {

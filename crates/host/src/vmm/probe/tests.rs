@@ -122,7 +122,7 @@ fn a_missing_or_closed_device_is_told_with_its_remedy() {
 
     let closed = dir.path().join("closed");
     std::fs::write(&closed, "").unwrap();
-    std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0)).unwrap();
+    std::fs::set_permissions(&closed, std::fs::Permissions::from_mode(0o000)).unwrap();
     match without_a_guest(&closed) {
         Some(report) => assert!(report.remedy.unwrap().contains("usermod -aG kvm")),
         // Root may open everything.

@@ -1,0 +1,150 @@
+//! Virtual machines that are restored and warmed before anybody asks: under emulation the first run of any code
+//! is slow, and this moves it off the path of a create. A pooled VM stands still, so it costs memory but no processor.
+//! It is nobody's yet: identity, token, entropy and clock are given to it when a sandbox claims it.
+
+use std::collections::VecDeque;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::Notify;
+use tokio_util::sync::CancellationToken;
+use wrenn_proto::id::{TeamId, TemplateId};
+
+use super::Shared;
+use super::vm::{Restored, restore};
+use crate::error::{IoContext as _, Result};
+use crate::layout::VmDir;
+use crate::template::{Image, TemplateStore};
+
+/// A refill waits until creates have been quiet for this long, so as not to take their processor.
+const QUIET: Duration = Duration::from_millis(400);
+/// After a failure.
+const RETRY: Duration = Duration::from_secs(30);
+
+/// A VM that waits to be claimed.
+pub(crate) struct Warm {
+    pub(crate) dir: VmDir,
+    pub(crate) image: Image,
+    pub(crate) restored: Restored,
+}
+
+/// The waiting VMs of the built-in template's usual shape.
+pub(crate) struct Pool {
+    size: usize,
+    ready: Mutex<VecDeque<Warm>>,
+    changed: Notify,
+    creates: AtomicUsize,
+    stop: CancellationToken,
+}
+
+/// A create under way; the pool is not refilled meanwhile.
+pub(crate) struct CreateUnderWay<'a>(&'a Pool);
+
+impl Pool {
+    pub(crate) fn new(size: usize) -> Self {
+        Self {
+            size,
+            ready: Mutex::new(VecDeque::new()),
+            changed: Notify::new(),
+            creates: AtomicUsize::new(0),
+            stop: CancellationToken::new(),
+        }
+    }
+
+    fn ready(&self) -> std::sync::MutexGuard<'_, VecDeque<Warm>> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a waiting VM made from `image`, if there is one.
+    pub(crate) fn claim(&self, image: &Image) -> Option<Warm> {
+        let mut ready = self.ready();
+        let at = ready.iter().position(|warm| warm.image.dir == image.dir)?;
+        ready.remove(at)
+    }
+
+    pub(crate) fn begin_create(&self) -> CreateUnderWay<'_> {
+        self.creates.fetch_add(1, Ordering::AcqRel);
+        CreateUnderWay(self)
+    }
+
+    /// Keeps the pool full until it is closed.
+    pub(crate) async fn keep_full(&self, shared: Arc<Shared>) {
+        if self.size == 0 {
+            return;
+        }
+        tokio::select! {
+            () = self.stop.cancelled() => {}
+            () = self.refill(&shared) => {}
+        }
+    }
+
+    async fn refill(&self, shared: &Arc<Shared>) {
+        loop {
+            let changed = self.changed.notified();
+            if self.ready().len() >= self.size || self.creates.load(Ordering::Acquire) > 0 {
+                changed.await;
+                continue;
+            }
+            // Another create within the quiet time starts it again.
+            if tokio::time::timeout(QUIET, changed).await.is_ok() {
+                continue;
+            }
+            let room = shared.check_memory(TemplateStore::USUAL_SHAPE).is_ok() && shared.check_disk().is_ok();
+            let outcome = if room { self.add(shared).await } else { Ok(false) };
+            match outcome {
+                Ok(true) => {}
+                Ok(false) => tokio::time::sleep(RETRY).await,
+                Err(error) => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "cannot prepare a virtual machine ahead");
+                    tokio::time::sleep(RETRY).await;
+                }
+            }
+        }
+    }
+
+    async fn add(&self, shared: &Arc<Shared>) -> Result<bool> {
+        let image =
+            shared.templates.image(TeamId::PLATFORM, TemplateId::MINIMAL, TemplateStore::USUAL_SHAPE).await?;
+        let dir = VmDir::new(shared.layout.pool().join(uuid::Uuid::new_v4().simple().to_string()));
+        std::fs::create_dir(dir.path()).at("create", dir.path())?;
+        let made = async {
+            let mut restored = restore(shared, &dir, image.clone()).await?;
+            match restored.warm_up().await {
+                Ok(()) => Ok(restored),
+                Err(error) => {
+                    restored.kill().await;
+                    Err(error)
+                }
+            }
+        }
+        .await;
+        match made {
+            Ok(restored) => {
+                self.ready().push_back(Warm { dir, image, restored });
+                Ok(true)
+            }
+            Err(error) => {
+                let _ = std::fs::remove_dir_all(dir.path());
+                Err(error)
+            }
+        }
+    }
+
+    /// Stops refilling and ends the waiting VMs.
+    pub(crate) async fn close(&self) {
+        self.stop.cancel();
+        let waiting: Vec<Warm> = self.ready().drain(..).collect();
+        for warm in waiting {
+            warm.restored.kill().await;
+            let _ = std::fs::remove_dir_all(warm.dir.path());
+        }
+    }
+}
+
+impl Drop for CreateUnderWay<'_> {
+    fn drop(&mut self) {
+        self.0.creates.fetch_sub(1, Ordering::AcqRel);
+        self.0.changed.notify_waiters();
+    }
+}
