@@ -1,6 +1,7 @@
 //! The server roles of the binary: everything in one (`up`), or a control plane and host agents apart.
 
 pub(crate) mod config;
+mod doctor;
 mod show;
 mod up;
 
@@ -20,8 +21,13 @@ pub(crate) enum ServerCommand {
     HostAgent(HostAgentArgs),
     /// Show the effective settings, secrets masked
     Config(UpArgs),
+    /// Check what the platform needs of this machine, and tell what to do where it is missing
+    Doctor(UpArgs),
     /// Print the OpenAPI document of the API
     Openapi,
+    /// The accelerator's probe starts this program again with this command
+    #[command(name = wrenn_host::vmm::probe::CHILD_COMMAND, hide = true)]
+    ProbeKvm,
 }
 
 /// `wrenn up`.
@@ -72,6 +78,10 @@ pub(crate) struct HostAgentArgs {
 pub(crate) fn main(command: ServerCommand, json: bool) -> ExitCode {
     let outcome = match command {
         ServerCommand::Config(args) => return show::config(&args, json),
+        ServerCommand::Doctor(args) => return doctor::main(&doctor::DoctorInput::new(&args), json),
+        ServerCommand::ProbeKvm => {
+            wrenn_host::vmm::probe::probe_here(&mut std::io::stdout().lock()).map_err(anyhow::Error::from)
+        }
         ServerCommand::Openapi => wrenn_control::openapi_yaml()
             .map(|text| print!("{text}"))
             .map_err(anyhow::Error::from),
