@@ -85,6 +85,10 @@ pub struct ExecStream {
     writer: Writer,
     /// Pid or tag, once known; shared with the handles that can end the command.
     selector: Arc<OnceLock<String>>,
+    /// Whether it was given a standard input.
+    stdin: bool,
+    /// What the server complained about without ending the stream.
+    complaint: Option<Error>,
     ended: bool,
 }
 
@@ -113,6 +117,8 @@ impl ExecStream {
             reader,
             writer,
             selector: Arc::default(),
+            stdin: options.stdin,
+            complaint: None,
             ended: false,
         })
     }
@@ -125,6 +131,8 @@ impl ExecStream {
             reader,
             writer,
             selector: Arc::new(OnceLock::from(selector.to_owned())),
+            stdin: false,
+            complaint: None,
             ended: false,
         })
     }
@@ -163,17 +171,32 @@ impl ExecStream {
                     self.writer.close().await;
                     Ok(Some(ExecEvent::Exited { code: exit_code }))
                 }
-                // On these sockets an error is always the end.
-                Received::Frame(ServerFrame::Error { data, code, .. }) => {
+                Received::Frame(ServerFrame::Error {
+                    data,
+                    code,
+                    fatal: true,
+                }) => {
                     self.ended = true;
                     Err(socket::frame_error(data, code))
                 }
+                // For example input for a command that has closed its own: of interest only if it
+                // turns out to have been the last word.
+                Received::Frame(ServerFrame::Error {
+                    data,
+                    code,
+                    fatal: false,
+                }) => {
+                    self.complaint = Some(socket::frame_error(data, code));
+                    continue;
+                }
                 Received::Closed => {
                     self.ended = true;
-                    Err(Error::transport(
-                        self.reader.url(),
-                        "the server closed the stream before the command ended",
-                    ))
+                    Err(self.complaint.take().unwrap_or_else(|| {
+                        Error::transport(
+                            self.reader.url(),
+                            "the server closed the stream before the command ended",
+                        )
+                    }))
                 }
                 // Frames of terminals.
                 Received::Frame(
@@ -213,6 +236,7 @@ impl ExecStream {
             sandbox: self.sandbox.clone(),
             writer: self.writer.clone(),
             selector: Arc::clone(&self.selector),
+            stdin: self.stdin,
         }
     }
 }
@@ -279,6 +303,7 @@ pub struct ExecControl {
     sandbox: SandboxHandle,
     writer: Writer,
     selector: Arc<OnceLock<String>>,
+    stdin: bool,
 }
 
 impl ExecControl {
@@ -290,8 +315,9 @@ impl ExecControl {
         let stop = ClientFrame::Stop {};
         let sent = tokio::time::timeout(KILL_TIMEOUT, self.writer.frame(&stop)).await;
         match (self.selector.get(), sent) {
-            (_, Ok(Ok(()))) => Ok(()),
-            // The socket is full of input that nobody reads, or broken: the other door.
+            (_, Ok(Ok(()))) if !self.stdin => Ok(()),
+            // The socket is broken, or `stop` may wait behind input that the command does not read:
+            // the other door.
             (Some(selector), _) => match self.sandbox.kill_process(selector).await {
                 Err(Error::NotFound(_)) => Ok(()),
                 outcome => outcome,

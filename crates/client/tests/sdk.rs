@@ -155,10 +155,15 @@ async fn a_server_that_is_not_there_is_a_transport_error() {
 #[tokio::test]
 async fn streams_keep_every_byte_and_the_exit_code() {
     let (stub, sandbox) = sandbox().await;
-    let mut stream = sandbox
-        .exec_stream(&shell("printf 'a\\377\\000b'; printf oops >&2; exit 7"))
-        .await
-        .unwrap();
+    let mut options = shell("read go; printf 'a\\377\\000b'; printf oops >&2; exit 7");
+    options.stdin = true;
+    let mut stream = sandbox.exec_stream(&options).await.unwrap();
+    // The server's ping comes before the start, so its answer is on the way before the input is.
+    assert!(matches!(
+        stream.next().await.unwrap(),
+        Some(ExecEvent::Started { .. })
+    ));
+    stream.stdin().write(b"go\n").await.unwrap();
     assert_eq!(
         collect(&mut stream).await,
         (b"a\xff\0b".to_vec(), b"oops".to_vec(), 7)

@@ -136,6 +136,14 @@ fn run_forwards_piped_input() {
         output.stdout.len(),
         input.len()
     );
+    // A command need not take all of it.
+    let output = platform.feed(&["run", "-i", "--", "head", "-c", "3"], &input);
+    assert_eq!(
+        (code(&output), output.stdout.as_slice()),
+        (0, &input[..3]),
+        "{}",
+        err(&output)
+    );
     // Without -i, the command has no input, whatever is piped in.
     assert_eq!(platform.feed(&["run", "--", "cat"], b"x").stdout, b"");
 }

@@ -5,27 +5,27 @@
 //! machine, in a temporary directory that also holds the "sandbox's" files: absolute paths of the API
 //! lie below it.
 
-#![allow(dead_code, reason = "each test binary uses its own part")]
+#![expect(dead_code, reason = "each test binary uses its own part")]
+#![expect(clippy::result_large_err, reason = "handlers answer with `?`")]
 
 use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
-use std::path::{Path as FsPath, PathBuf};
-use std::process::Stdio;
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
-use axum::body::Body;
-use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
-use axum::extract::{Multipart, Path, Query, Request, State};
+use axum::extract::{Path, Query, Request, State};
 use axum::http::{HeaderMap, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use serde_json::{Value, json};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::sync::mpsc;
+
+use files::{list_files, mkdir, read, remove, write};
+use sockets::{exec_stream, process_stream, pty};
+
+mod files;
+mod sockets;
 
 pub const KEY: &str = "wrn_test";
 
@@ -293,345 +293,6 @@ fn strings(value: &Value) -> Vec<String> {
         .collect()
 }
 
-async fn text(socket: &mut WebSocket, frame: Value) {
-    let _ = socket.send(Message::text(frame.to_string())).await;
-}
-
-async fn exec_stream(State(stub): State<Stub>, Path(id): Path<String>, upgrade: WebSocketUpgrade) -> Answer {
-    stub.known(&id)?;
-    Ok(upgrade.on_upgrade(move |socket| run(stub, socket)))
-}
-
-/// The exec protocol over a process of this machine.
-async fn run(stub: Stub, mut socket: WebSocket) {
-    let Some(Ok(Message::Text(first))) = socket.recv().await else {
-        return;
-    };
-    let start: Value = serde_json::from_str(&first).unwrap();
-    assert_eq!(start["type"], "start");
-    let mut command = tokio::process::Command::new(start["cmd"].as_str().unwrap());
-    command
-        .args(strings(&start["args"]))
-        .current_dir(
-            start["cwd"]
-                .as_str()
-                .map_or(stub.root.clone(), |cwd| stub.path(cwd)),
-        )
-        .envs(
-            start["envs"]
-                .as_object()
-                .into_iter()
-                .flatten()
-                .map(|(k, v)| (k, v.as_str().unwrap())),
-        )
-        .stdin(if start["stdin"] == true {
-            Stdio::piped()
-        } else {
-            Stdio::null()
-        })
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .kill_on_drop(true);
-    let mut child = match command.spawn() {
-        Ok(child) => child,
-        Err(error) => {
-            let message = format!("cannot start {}: {error}", start["cmd"]);
-            text(
-                &mut socket,
-                json!({"type": "error", "data": message, "code": "invalid_request", "fatal": true}),
-            )
-            .await;
-            return;
-        }
-    };
-    text(&mut socket, json!({"type": "ping"})).await;
-    text(&mut socket, json!({"type": "start", "pid": child.id()})).await;
-    let (sender, mut output) = mpsc::channel(4);
-    pump("stdout", child.stdout.take().unwrap(), sender.clone());
-    pump("stderr", child.stderr.take().unwrap(), sender);
-    // Written by a task of its own: a command that does not read must not keep its output from being shown.
-    let mut stdin = child.stdin.take().map(feed);
-    let mut listening = true;
-    loop {
-        tokio::select! {
-            chunk = output.recv() => match chunk {
-                Some((stream, data)) => {
-                    let frame = match String::from_utf8(data) {
-                        Ok(data) => json!({"type": stream, "data": data}),
-                        Err(error) => {
-                            assert_eq!(start["binary"], true);
-                            json!({"type": stream, "data": STANDARD.encode(error.as_bytes()), "encoding": "base64"})
-                        }
-                    };
-                    text(&mut socket, frame).await;
-                }
-                None => break,
-            },
-            message = socket.recv(), if listening => match message {
-                Some(Ok(Message::Text(frame))) => {
-                    let frame: Value = serde_json::from_str(&frame).unwrap();
-                    match frame["type"].as_str().unwrap() {
-                        "input" => {
-                            let data = STANDARD.decode(frame["data"].as_str().unwrap()).unwrap();
-                            if let Some(stdin) = &stdin {
-                                let _ = stdin.send(data);
-                            }
-                        }
-                        "eof" => stdin = None,
-                        "stop" => {
-                            stub.state.lock().unwrap().log.push("FRAME stop".to_owned());
-                            let _ = child.start_kill();
-                        }
-                        "pong" => stub.state.lock().unwrap().log.push("FRAME pong".to_owned()),
-                        other => panic!("unexpected frame {other}"),
-                    }
-                }
-                Some(Ok(_)) => {}
-                Some(Err(_)) | None => listening = false,
-            }
-        }
-    }
-    let code = child.wait().await.unwrap().code().unwrap_or(-1);
-    text(&mut socket, json!({"type": "newer-than-you", "x": 1})).await;
-    text(&mut socket, json!({"type": "exit", "exit_code": code})).await;
-    let _ = socket.send(Message::Close(None)).await;
-}
-
-fn feed(mut target: tokio::process::ChildStdin) -> mpsc::UnboundedSender<Vec<u8>> {
-    let (sender, mut data) = mpsc::unbounded_channel::<Vec<u8>>();
-    tokio::spawn(async move {
-        while let Some(data) = data.recv().await {
-            let _ = target.write_all(&data).await;
-        }
-    });
-    sender
-}
-
-fn pump(
-    name: &'static str,
-    mut source: impl AsyncReadExt + Unpin + Send + 'static,
-    sender: mpsc::Sender<(&'static str, Vec<u8>)>,
-) {
-    tokio::spawn(async move {
-        let mut buffer = vec![0; 4096];
-        while let Ok(read @ 1..) = source.read(&mut buffer).await {
-            if sender.send((name, buffer[..read].to_vec())).await.is_err() {
-                return;
-            }
-        }
-    });
-}
-
-async fn process_stream(
-    State(stub): State<Stub>,
-    Path((id, selector)): Path<(String, String)>,
-    upgrade: WebSocketUpgrade,
-) -> Answer {
-    stub.known(&id)?;
-    if selector != "web" {
-        return Err(refuse(
-            404,
-            "not_found",
-            &format!("process '{selector}' was not found"),
-        ));
-    }
-    Ok(upgrade.on_upgrade(async |mut socket| {
-        text(&mut socket, json!({"type": "start", "pid": 7})).await;
-        text(&mut socket, json!({"type": "stdout", "data": "listening\n"})).await;
-        text(&mut socket, json!({"type": "exit", "exit_code": 3})).await;
-    }))
-}
-
-/// A terminal whose program shouts what is typed, tells its sizes, and exits on `exit N`.
-async fn pty(
-    State(stub): State<Stub>,
-    Path(id): Path<String>,
-    Query(query): Query<BTreeMap<String, String>>,
-    upgrade: WebSocketUpgrade,
-) -> Answer {
-    stub.known(&id)?;
-    assert_eq!(query["encoding"], "binary");
-    Ok(upgrade.on_upgrade(async move |mut socket| {
-        let Some(Ok(Message::Text(first))) = socket.recv().await else {
-            return;
-        };
-        let first: Value = serde_json::from_str(&first).unwrap();
-        let greeting = match first["type"].as_str().unwrap() {
-            "start" => format!(
-                "{} {}x{} {}\r\n",
-                first["cmd"], first["cols"], first["rows"], first["envs"]["TERM"]
-            ),
-            "connect" => format!("back at {}\r\n", first["tag"]),
-            other => panic!("unexpected first frame {other}"),
-        };
-        text(&mut socket, json!({"type": "started", "tag": "pty-1", "pid": 9})).await;
-        let _ = socket.send(Message::Binary(greeting.into_bytes().into())).await;
-        let mut line = String::new();
-        while let Some(Ok(message)) = socket.recv().await {
-            match message {
-                Message::Binary(data) => {
-                    let typed = String::from_utf8(data.to_vec()).unwrap();
-                    let _ = socket
-                        .send(Message::Binary(typed.to_uppercase().into_bytes().into()))
-                        .await;
-                    line.push_str(&typed.replace('\r', "\n"));
-                    if let Some(code) = line
-                        .strip_suffix('\n')
-                        .and_then(|line| line.lines().last()?.strip_prefix("exit "))
-                    {
-                        text(
-                            &mut socket,
-                            json!({"type": "exit", "exit_code": code.parse::<i32>().unwrap()}),
-                        )
-                        .await;
-                        return;
-                    }
-                }
-                Message::Text(frame) => {
-                    let frame: Value = serde_json::from_str(&frame).unwrap();
-                    stub.state.lock().unwrap().log.push(format!("FRAME {frame}"));
-                    let note = format!("<{frame}>");
-                    // Half of it in the older dialect, which clients take too.
-                    text(
-                        &mut socket,
-                        json!({"type": "output", "data": STANDARD.encode(note)}),
-                    )
-                    .await;
-                }
-                _ => {}
-            }
-        }
-    }))
-}
-
-async fn write(State(stub): State<Stub>, Path(id): Path<String>, mut form: Multipart) -> Answer {
-    stub.known(&id)?;
-    let path = form.next_field().await.unwrap().unwrap();
-    assert_eq!(path.name(), Some("path"), "the path comes first");
-    let path = path.text().await.unwrap();
-    let target = stub.path(&path);
-    if target.is_dir() {
-        return Err(refuse(400, "invalid_request", &format!("{path} is a directory")));
-    }
-    std::fs::create_dir_all(target.parent().unwrap()).unwrap();
-    let mut field = form.next_field().await.unwrap().unwrap();
-    assert_eq!(field.name(), Some("file"));
-    let mut file = tokio::fs::File::create(&target).await.unwrap();
-    loop {
-        match field.chunk().await {
-            Ok(Some(chunk)) => file.write_all(&chunk).await.unwrap(),
-            Ok(None) => break,
-            Err(error) => return Err(refuse(400, "invalid_request", &error.body_text())),
-        }
-    }
-    file.flush().await.unwrap();
-    Ok(StatusCode::NO_CONTENT.into_response())
-}
-
-async fn read(State(stub): State<Stub>, Path(id): Path<String>, Json(body): Json<Value>) -> Answer {
-    stub.known(&id)?;
-    let path = body["path"].as_str().unwrap();
-    if path == "/cut" {
-        let chunks = [
-            Ok(vec![b'x'; 1 << 20]),
-            Err(std::io::Error::other("the guest died")),
-        ];
-        return Ok(Body::from_stream(futures::stream::iter(chunks)).into_response());
-    }
-    match tokio::fs::File::open(stub.path(path)).await {
-        Ok(_) if stub.path(path).is_dir() => {
-            Err(refuse(400, "invalid_request", &format!("{path} is a directory")))
-        }
-        Ok(file) => Ok(Body::from_stream(tokio_util::io::ReaderStream::new(file)).into_response()),
-        Err(_) => Err(refuse(404, "not_found", &format!("{path} was not found"))),
-    }
-}
-
-fn entry(path: &FsPath, shown: &str) -> Value {
-    use std::os::unix::fs::PermissionsExt as _;
-    let metadata = std::fs::symlink_metadata(path).unwrap();
-    let (kind, target) = if metadata.is_symlink() {
-        (
-            "symlink",
-            Some(std::fs::read_link(path).unwrap().display().to_string()),
-        )
-    } else if metadata.is_dir() {
-        ("directory", None)
-    } else {
-        ("file", None)
-    };
-    json!({
-        "name": path.file_name().unwrap().to_str().unwrap(), "path": shown, "type": kind, "size": metadata.len(),
-        "mode": metadata.permissions().mode() & 0o7777, "permissions": "-rw-r--r--", "owner": "user", "group": "user",
-        "modified_at": 0, "symlink_target": target
-    })
-}
-
-async fn list_files(State(stub): State<Stub>, Path(id): Path<String>, Json(body): Json<Value>) -> Answer {
-    stub.known(&id)?;
-    let path = body["path"].as_str().unwrap();
-    if path == "/hostile" {
-        let mut bad = entry(&stub.root, "/x");
-        bad["name"] = json!("../escaped");
-        bad["type"] = json!("file");
-        let mut link = bad.clone();
-        (link["name"], link["type"], link["symlink_target"]) =
-            (json!("link"), json!("symlink"), json!("/etc"));
-        return Ok(Json(json!({"entries": [bad, link]})).into_response());
-    }
-    let directory = stub.path(path);
-    if !directory.exists() {
-        return Err(refuse(404, "not_found", &format!("{path} was not found")));
-    }
-    if !directory.is_dir() {
-        return Err(refuse(
-            400,
-            "invalid_request",
-            &format!("{path} is not a directory"),
-        ));
-    }
-    let mut entries: Vec<_> = std::fs::read_dir(directory)
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .collect();
-    entries.sort();
-    let entries: Vec<_> = entries
-        .iter()
-        .map(|found| {
-            entry(
-                found,
-                &format!(
-                    "{}/{}",
-                    path.trim_end_matches('/'),
-                    found.file_name().unwrap().to_str().unwrap()
-                ),
-            )
-        })
-        .collect();
-    Ok(Json(json!({"entries": entries})).into_response())
-}
-
-async fn mkdir(State(stub): State<Stub>, Path(id): Path<String>, Json(body): Json<Value>) -> Answer {
-    stub.known(&id)?;
-    let path = body["path"].as_str().unwrap();
-    if stub.path(path).exists() {
-        return Err(refuse(409, "conflict", &format!("{path} exists")));
-    }
-    std::fs::create_dir_all(stub.path(path)).unwrap();
-    Ok(Json(json!({"entry": entry(&stub.path(path), path)})).into_response())
-}
-
-async fn remove(State(stub): State<Stub>, Path(id): Path<String>, Json(body): Json<Value>) -> Answer {
-    stub.known(&id)?;
-    let path = stub.path(body["path"].as_str().unwrap());
-    let _ = if path.is_dir() {
-        std::fs::remove_dir_all(path)
-    } else {
-        std::fs::remove_file(path)
-    };
-    Ok(StatusCode::NO_CONTENT.into_response())
-}
-
 async fn snapshots(
     State(stub): State<Stub>,
     Query(query): Query<BTreeMap<String, String>>,
@@ -659,7 +320,7 @@ async fn snapshot(
     stub.known(body["sandbox_id"].as_str().unwrap())?;
     let name = body["name"].as_str().unwrap_or("made-up").to_owned();
     let mut state = stub.state.lock().unwrap();
-    if query.get("overwrite").is_none() && state.templates.iter().any(|template| template["name"] == *name) {
+    if !query.contains_key("overwrite") && state.templates.iter().any(|template| template["name"] == *name) {
         return Err(refuse(409, "conflict", &format!("the name {name} is taken")));
     }
     let mut template = state.templates[0].clone();
