@@ -7,7 +7,13 @@ use std::process::Command;
 fn main() {
     let env = |name: &str| std::env::var_os(name).unwrap_or_else(|| panic!("cargo sets {name}"));
     let workspace = Path::new(&env("CARGO_MANIFEST_DIR")).join("../..");
-    for input in ["crates/envd/src", "crates/envd/Cargo.toml", "crates/proto/src", "crates/proto/proto", "Cargo.lock"] {
+    for input in [
+        "crates/envd/src",
+        "crates/envd/Cargo.toml",
+        "crates/proto/src",
+        "crates/proto/proto",
+        "Cargo.lock",
+    ] {
         println!("cargo:rerun-if-changed={}", workspace.join(input).display());
     }
     let arch = std::env::var("CARGO_CFG_TARGET_ARCH").expect("cargo sets it");
@@ -18,7 +24,17 @@ fn main() {
         .join("guest");
     let status = Command::new(env("CARGO"))
         .current_dir(&workspace)
-        .args(["build", "--quiet", "--locked", "--package", "envd", "--profile", "guest", "--target", &target])
+        .args([
+            "build",
+            "--quiet",
+            "--locked",
+            "--package",
+            "envd",
+            "--profile",
+            "guest",
+            "--target",
+            &target,
+        ])
         .arg("--target-dir")
         .arg(&target_dir)
         // The guest holds any Debian or none at all: no shared library can be counted on.

@@ -17,7 +17,9 @@ fn main() {
     let mut compiler = Compiler::new(["proto"]).expect("the proto folder is readable");
     compiler.include_source_info(true).include_imports(true);
     for file in FILES {
-        compiler.open_file(file).unwrap_or_else(|error| panic!("{file}: {error:?}"));
+        compiler
+            .open_file(file)
+            .unwrap_or_else(|error| panic!("{file}: {error:?}"));
     }
     let descriptors = out.join("descriptors.bin");
     std::fs::write(&descriptors, compiler.encode_file_descriptor_set()).expect("OUT_DIR is writable");

@@ -101,14 +101,22 @@ impl HostAgent {
         manager.recover().await?;
 
         // The control plane calls back as soon as the host is registered, so the port comes first.
-        let listener = tokio::net::TcpListener::bind(config.listen).await.map_err(|error| {
-            HostError::InvalidArgument {
+        let listener = tokio::net::TcpListener::bind(config.listen)
+            .await
+            .map_err(|error| HostError::InvalidArgument {
                 field: "host agent address",
-                message: format!("cannot listen on {}: {error}; choose another with --agent-listen", config.listen),
-            }
-        })?;
-        let address = listener.local_addr().map_err(|error| HostError::Vmm(error.to_string()))?;
-        let advertised = config.advertise.clone().unwrap_or_else(|| format!("http://{address}"));
+                message: format!(
+                    "cannot listen on {}: {error}; choose another with --agent-listen",
+                    config.listen
+                ),
+            })?;
+        let address = listener
+            .local_addr()
+            .map_err(|error| HostError::Vmm(error.to_string()))?;
+        let advertised = config
+            .advertise
+            .clone()
+            .unwrap_or_else(|| format!("http://{address}"));
         let reporter = Reporter::connect(
             manager.clone(),
             config.control_plane.trim_end_matches('/'),
@@ -128,7 +136,15 @@ impl HostAgent {
             let manager = manager.clone();
             async move { manager.prepare().await }
         });
-        Ok(Self { manager, address, stop_reporting, reporting, serving, preparing, _lock: lock })
+        Ok(Self {
+            manager,
+            address,
+            stop_reporting,
+            reporting,
+            serving,
+            preparing,
+            _lock: lock,
+        })
     }
 
     /// Where the RPC server listens.
@@ -167,7 +183,10 @@ fn lock(layout: &Layout) -> Result<std::fs::File> {
         .at("open", &path)?;
     file.try_lock().map_err(|_| HostError::InvalidArgument {
         field: "data_dir",
-        message: format!("another host agent uses {} already; stop it, or choose another --data-dir", layout.data().display()),
+        message: format!(
+            "another host agent uses {} already; stop it, or choose another --data-dir",
+            layout.data().display()
+        ),
     })?;
     Ok(file)
 }
@@ -198,5 +217,8 @@ fn constant_time_eq(a: &[u8], b: &[u8]) -> bool {
     use sha2::Digest as _;
     // Digests have one length, so nothing depends on the inputs' lengths.
     let (a, b) = (sha2::Sha256::digest(a), sha2::Sha256::digest(b));
-    a.iter().zip(b.iter()).fold(0, |difference, (x, y)| difference | (x ^ y)) == 0
+    a.iter()
+        .zip(b.iter())
+        .fold(0, |difference, (x, y)| difference | (x ^ y))
+        == 0
 }

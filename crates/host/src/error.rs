@@ -90,10 +90,17 @@ pub(crate) trait IoContext<T> {
 impl<T> IoContext<T> for std::io::Result<T> {
     fn at(self, what: &'static str, path: impl Into<PathBuf>) -> Result<T> {
         self.map_err(|source| {
-            if matches!(source.kind(), std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded) {
+            if matches!(
+                source.kind(),
+                std::io::ErrorKind::StorageFull | std::io::ErrorKind::QuotaExceeded
+            ) {
                 HostError::NoCapacity(format!("the host's disk is full ({what})"))
             } else {
-                HostError::Io { what, path: path.into(), source }
+                HostError::Io {
+                    what,
+                    path: path.into(),
+                    source,
+                }
             }
         })
     }

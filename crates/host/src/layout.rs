@@ -36,7 +36,10 @@ impl Layout {
     /// # Errors
     /// When a folder cannot be created.
     pub fn create(data: &Path, cache: &Path) -> io::Result<Self> {
-        let layout = Self { data: std::path::absolute(data)?, cache: std::path::absolute(cache)? };
+        let layout = Self {
+            data: std::path::absolute(data)?,
+            cache: std::path::absolute(cache)?,
+        };
         for dir in [
             layout.base_images(),
             layout.data.join("images/teams"),
@@ -149,11 +152,6 @@ impl VmDir {
     /// Pages of a paused sandbox that differ from its template's.
     pub(crate) fn memory_diff(&self) -> PathBuf {
         self.0.join("memory.diff")
-    }
-
-    /// Last lines of the guest's console.
-    pub(crate) fn console_log(&self) -> PathBuf {
-        self.0.join("console.log")
     }
 
     /// What QEMU itself says on stderr.

@@ -90,7 +90,12 @@ impl Reporter {
         let known = Registration::read(&path).filter(|known| known.control_plane == control_plane);
         if let Some(registration) = known {
             let address = address.to_owned();
-            let mut reporter = Self { http: http.clone(), registration, manager: manager.clone(), address };
+            let mut reporter = Self {
+                http: http.clone(),
+                registration,
+                manager: manager.clone(),
+                address,
+            };
             match reporter.heartbeat().await {
                 Err(CallError::Unauthorized) if reporter.refresh().await.is_err() && token.is_some() => {
                     tracing::warn!("the control plane does not know this host any more; registering anew");
@@ -109,7 +114,12 @@ impl Reporter {
         let registration = register(&http, &manager, control_plane, token, address).await?;
         registration.write(&path)?;
         tracing::info!(host = registration.host_id, control_plane, "registered");
-        Ok(Self { http, registration, manager, address: address.to_owned() })
+        Ok(Self {
+            http,
+            registration,
+            manager,
+            address: address.to_owned(),
+        })
     }
 
     pub(crate) fn rpc_token(&self) -> &str {
@@ -127,9 +137,9 @@ impl Reporter {
             .map_err(|error| CallError::Later(error.to_string()))?;
         match answer.status() {
             status if status.is_success() => Ok(()),
-            reqwest::StatusCode::UNAUTHORIZED | reqwest::StatusCode::FORBIDDEN | reqwest::StatusCode::NOT_FOUND => {
-                Err(CallError::Unauthorized)
-            }
+            reqwest::StatusCode::UNAUTHORIZED
+            | reqwest::StatusCode::FORBIDDEN
+            | reqwest::StatusCode::NOT_FOUND => Err(CallError::Unauthorized),
             status => Err(CallError::Later(format!("answered {status}"))),
         }
     }
@@ -155,15 +165,24 @@ impl Reporter {
                 size_bytes,
             }],
         };
-        self.call(&format!("/v1/hosts/{}/heartbeat", self.registration.host_id), &body).await
+        self.call(
+            &format!("/v1/hosts/{}/heartbeat", self.registration.host_id),
+            &body,
+        )
+        .await
     }
 
     async fn refresh(&mut self) -> Result<()> {
-        let body = rest::RefreshHostToken { refresh_token: self.registration.refresh_token.clone() };
+        let body = rest::RefreshHostToken {
+            refresh_token: self.registration.refresh_token.clone(),
+        };
         let refused = |what: String| HostError::Vmm(format!("cannot renew the host's token: {what}"));
         let answer = self
             .http
-            .post(format!("{}/v1/hosts/auth/refresh", self.registration.control_plane))
+            .post(format!(
+                "{}/v1/hosts/auth/refresh",
+                self.registration.control_plane
+            ))
             .json(&body)
             .send()
             .await
@@ -173,7 +192,8 @@ impl Reporter {
         let tokens: rest::HostTokens = answer.json().await.map_err(|error| refused(error.to_string()))?;
         self.registration.token = tokens.token;
         self.registration.refresh_token = tokens.refresh_token;
-        self.registration.write(&self.manager.shared.layout.registration())
+        self.registration
+            .write(&self.manager.shared.layout.registration())
     }
 
     /// Reports until cancelled. Events are delivered in order, each until it has arrived: what happened
@@ -226,7 +246,9 @@ impl Reporter {
 
     /// Sends all waiting events in one call; returns how long to wait before the next attempt.
     async fn deliver(&mut self, waiting: &mut VecDeque<Event>, pause: Duration) -> Duration {
-        let body = rest::SandboxEvents { events: waiting.iter().take(500).map(wire).collect() };
+        let body = rest::SandboxEvents {
+            events: waiting.iter().take(500).map(wire).collect(),
+        };
         let count = body.events.len();
         match self.call("/v1/hosts/sandbox-events", &body).await {
             Ok(()) => {
@@ -265,10 +287,18 @@ async fn register(
         .json(&body)
         .send()
         .await
-        .map_err(|error| HostError::Vmm(format!("cannot reach the control plane at {control_plane}: {error}")))?;
+        .map_err(|error| {
+            HostError::Vmm(format!(
+                "cannot reach the control plane at {control_plane}: {error}"
+            ))
+        })?;
     if !answer.status().is_success() {
         let status = answer.status();
-        let said = answer.json::<rest::ErrorBody>().await.map(|body| body.error.message).unwrap_or_default();
+        let said = answer
+            .json::<rest::ErrorBody>()
+            .await
+            .map(|body| body.error.message)
+            .unwrap_or_default();
         return Err(HostError::InvalidArgument {
             field: "registration token",
             message: format!("the control plane refused it ({status}): {said}"),

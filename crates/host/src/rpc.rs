@@ -4,7 +4,8 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use connectrpc::{
-    ConnectError, Encodable, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult, ServiceStream,
+    ConnectError, Encodable, InboundStream, RequestContext, Response, ServiceRequest, ServiceResult,
+    ServiceStream,
 };
 use futures::{StreamExt as _, TryStreamExt as _};
 use wrenn_proto::hostagent::__buffa::oneof::process_event::Event as WireEvent;
@@ -27,7 +28,11 @@ pub(crate) struct Service {
 }
 
 fn id<T: FromStr<Err = InvalidId>>(text: &str, field: &'static str) -> Result<T, HostError> {
-    text.parse().map_err(|error: InvalidId| HostError::InvalidArgument { field, message: error.to_string() })
+    text.parse()
+        .map_err(|error: InvalidId| HostError::InvalidArgument {
+            field,
+            message: error.to_string(),
+        })
 }
 
 fn seconds(limit: u32) -> Option<Duration> {
@@ -72,11 +77,17 @@ fn state(status: SandboxStatus) -> SandboxState {
 }
 
 fn answer(view: &View) -> ServiceResult<SandboxResponse> {
-    Response::ok(SandboxResponse { sandbox: sandbox(view).into(), ..Default::default() })
+    Response::ok(SandboxResponse {
+        sandbox: sandbox(view).into(),
+        ..Default::default()
+    })
 }
 
 fn required<T>(field: Option<T>, name: &'static str) -> Result<T, HostError> {
-    field.ok_or_else(|| HostError::InvalidArgument { field: name, message: "missing".to_owned() })
+    field.ok_or_else(|| HostError::InvalidArgument {
+        field: name,
+        message: "missing".to_owned(),
+    })
 }
 
 fn default_tag(prefix: &str) -> Result<String, HostError> {
@@ -90,7 +101,10 @@ impl HostAgent for Service {
         request: ServiceRequest<'_, CreateSandboxRequest>,
     ) -> ServiceResult<impl Encodable<SandboxResponse> + Send + use<'a>> {
         let request = request.to_owned_message();
-        let bad = |field, message: &str| HostError::InvalidArgument { field, message: message.to_owned() };
+        let bad = |field, message: &str| HostError::InvalidArgument {
+            field,
+            message: message.to_owned(),
+        };
         if request.vcpus == 0 || request.vcpus > 64 {
             return Err(bad("vcpus", "must be between 1 and 64").into());
         }
@@ -108,7 +122,10 @@ impl HostAgent for Service {
                 generation: request.generation,
                 template_team: id(&request.template_team_id, "template_team_id")?,
                 template: id(&request.template_id, "template_id")?,
-                shape: Shape { vcpus: request.vcpus, memory_mb: request.memory_mb },
+                shape: Shape {
+                    vcpus: request.vcpus,
+                    memory_mb: request.memory_mb,
+                },
                 disk_mb: request.disk_size_mb,
                 timeout_sec: request.timeout_sec,
                 envs: request.envs.into_iter().collect(),
@@ -122,7 +139,9 @@ impl HostAgent for Service {
         _: RequestContext,
         request: ServiceRequest<'_, DestroySandboxRequest>,
     ) -> ServiceResult<impl Encodable<DestroySandboxResponse> + Send + use<'a>> {
-        self.manager.destroy(id(request.sandbox_id, "sandbox_id")?, request.generation).await?;
+        self.manager
+            .destroy(id(request.sandbox_id, "sandbox_id")?, request.generation)
+            .await?;
         Response::ok(DestroySandboxResponse::default())
     }
 
@@ -131,7 +150,12 @@ impl HostAgent for Service {
         _: RequestContext,
         request: ServiceRequest<'_, PauseSandboxRequest>,
     ) -> ServiceResult<impl Encodable<SandboxResponse> + Send + use<'a>> {
-        answer(&self.manager.pause(id(request.sandbox_id, "sandbox_id")?, request.generation).await?)
+        answer(
+            &self
+                .manager
+                .pause(id(request.sandbox_id, "sandbox_id")?, request.generation)
+                .await?,
+        )
     }
 
     async fn resume_sandbox<'a>(
@@ -140,7 +164,12 @@ impl HostAgent for Service {
         request: ServiceRequest<'_, ResumeSandboxRequest>,
     ) -> ServiceResult<impl Encodable<SandboxResponse> + Send + use<'a>> {
         let sandbox_id = id(request.sandbox_id, "sandbox_id")?;
-        answer(&self.manager.resume(sandbox_id, request.generation, request.timeout_sec).await?)
+        answer(
+            &self
+                .manager
+                .resume(sandbox_id, request.generation, request.timeout_sec)
+                .await?,
+        )
     }
 
     async fn get_sandbox<'a>(
@@ -157,7 +186,10 @@ impl HostAgent for Service {
         _: ServiceRequest<'_, ListSandboxesRequest>,
     ) -> ServiceResult<impl Encodable<ListSandboxesResponse> + Send + use<'a>> {
         let sandboxes = self.manager.list().iter().map(sandbox).collect();
-        Response::ok(ListSandboxesResponse { sandboxes, ..Default::default() })
+        Response::ok(ListSandboxesResponse {
+            sandboxes,
+            ..Default::default()
+        })
     }
 
     async fn ping_sandbox<'a>(
@@ -186,7 +218,10 @@ impl HostAgent for Service {
             let mut events = guest.start(spec, None, false, limit).await?;
             let pid = loop {
                 match events.next().await {
-                    Some(Ok(ProcessEvent { event: Some(WireEvent::Start(start)), .. })) => break start.pid,
+                    Some(Ok(ProcessEvent {
+                        event: Some(WireEvent::Start(start)),
+                        ..
+                    })) => break start.pid,
                     Some(Ok(_)) => {}
                     Some(Err(error)) => return Err(error.into()),
                     None => return Err(HostError::Guest("the process did not start".to_owned()).into()),
@@ -194,11 +229,16 @@ impl HostAgent for Service {
             };
             if limit.is_some() {
                 // The guest's time limit ends with the stream that carries it: keep that open.
-                self.manager.shared.tasks.spawn(async move {
-                    while events.next().await.is_some_and(|event| event.is_ok()) {}
-                });
+                self.manager
+                    .shared
+                    .tasks
+                    .spawn(async move { while events.next().await.is_some_and(|event| event.is_ok()) {} });
             }
-            return Response::ok(ExecResponse { pid, tag, ..Default::default() });
+            return Response::ok(ExecResponse {
+                pid,
+                tag,
+                ..Default::default()
+            });
         }
         let collected = guest.collect(spec, limit, request.max_output_bytes).await?;
         Response::ok(ExecResponse {
@@ -226,7 +266,9 @@ impl HostAgent for Service {
             spec.tag = Some(default_tag(if request.pty.is_set() { "pty" } else { "proc" })?);
         }
         let limit = seconds(request.timeout_sec);
-        let events = guest.start(spec, request.pty.into_option(), request.stdin, limit).await?;
+        let events = guest
+            .start(spec, request.pty.into_option(), request.stdin, limit)
+            .await?;
         Response::ok(streamed(events, handle.activity))
     }
 
@@ -237,7 +279,9 @@ impl HostAgent for Service {
     ) -> ServiceResult<ServiceStream<impl Encodable<ProcessEvent> + Send + use<>>> {
         let request = request.to_owned_message();
         let (guest, _under_way, handle) = self.manager.guest(id(&request.sandbox_id, "sandbox_id")?)?;
-        let events = guest.follow(&required(request.process.into_option(), "process")?).await?;
+        let events = guest
+            .follow(&required(request.process.into_option(), "process")?)
+            .await?;
         Response::ok(streamed(events, handle.activity))
     }
 
@@ -247,7 +291,10 @@ impl HostAgent for Service {
         request: ServiceRequest<'_, ListProcessesRequest>,
     ) -> ServiceResult<impl Encodable<ListProcessesResponse> + Send + use<'a>> {
         let (guest, _under_way, _) = self.manager.guest(id(request.sandbox_id, "sandbox_id")?)?;
-        Response::ok(ListProcessesResponse { processes: guest.list_processes().await?, ..Default::default() })
+        Response::ok(ListProcessesResponse {
+            processes: guest.list_processes().await?,
+            ..Default::default()
+        })
     }
 
     async fn signal_process<'a>(
@@ -257,7 +304,12 @@ impl HostAgent for Service {
     ) -> ServiceResult<impl Encodable<SignalProcessResponse> + Send + use<'a>> {
         let request = request.to_owned_message();
         let (guest, _under_way, _) = self.manager.guest(id(&request.sandbox_id, "sandbox_id")?)?;
-        guest.signal(&required(request.process.into_option(), "process")?, request.signal).await?;
+        guest
+            .signal(
+                &required(request.process.into_option(), "process")?,
+                request.signal,
+            )
+            .await?;
         Response::ok(SignalProcessResponse::default())
     }
 
@@ -268,7 +320,14 @@ impl HostAgent for Service {
     ) -> ServiceResult<impl Encodable<SendInputResponse> + Send + use<'a>> {
         let request = request.to_owned_message();
         let (guest, _under_way, _) = self.manager.guest(id(&request.sandbox_id, "sandbox_id")?)?;
-        guest.input(&required(request.process.into_option(), "process")?, request.data, request.pty, request.close).await?;
+        guest
+            .input(
+                &required(request.process.into_option(), "process")?,
+                request.data,
+                request.pty,
+                request.close,
+            )
+            .await?;
         Response::ok(SendInputResponse::default())
     }
 
@@ -279,7 +338,12 @@ impl HostAgent for Service {
     ) -> ServiceResult<impl Encodable<ResizePtyResponse> + Send + use<'a>> {
         let request = request.to_owned_message();
         let (guest, _under_way, _) = self.manager.guest(id(&request.sandbox_id, "sandbox_id")?)?;
-        guest.resize(&required(request.process.into_option(), "process")?, &required(request.size.into_option(), "size")?).await?;
+        guest
+            .resize(
+                &required(request.process.into_option(), "process")?,
+                &required(request.size.into_option(), "size")?,
+            )
+            .await?;
         Response::ok(ResizePtyResponse::default())
     }
 
@@ -292,8 +356,14 @@ impl HostAgent for Service {
         let (guest, _under_way, _) = self.manager.guest(id(&request.sandbox_id, "sandbox_id")?)?;
         let size = request.content.len() as u64;
         let content = futures::stream::iter([Ok(bytes::Bytes::from(request.content))]);
-        let path = guest.write_file(&request.path, request.user.as_deref(), content).await?;
-        Response::ok(WriteFileResponse { path, size, ..Default::default() })
+        let path = guest
+            .write_file(&request.path, request.user.as_deref(), content)
+            .await?;
+        Response::ok(WriteFileResponse {
+            path,
+            size,
+            ..Default::default()
+        })
     }
 
     async fn read_file<'a>(
@@ -306,11 +376,16 @@ impl HostAgent for Service {
         let mut content = Vec::new();
         while let Some(chunk) = chunks.try_next().await? {
             if content.len() + chunk.len() > MAX_PLAIN_READ {
-                return Err(ConnectError::out_of_range("the file is larger than 16 MiB; read it as a stream"));
+                return Err(ConnectError::out_of_range(
+                    "the file is larger than 16 MiB; read it as a stream",
+                ));
             }
             content.extend_from_slice(&chunk);
         }
-        Response::ok(ReadFileResponse { content, ..Default::default() })
+        Response::ok(ReadFileResponse {
+            content,
+            ..Default::default()
+        })
     }
 
     async fn write_file_stream<'a>(
@@ -318,9 +393,14 @@ impl HostAgent for Service {
         _: RequestContext,
         mut requests: InboundStream<WriteFileStreamRequest>,
     ) -> ServiceResult<impl Encodable<WriteFileResponse> + Send + use<'a>> {
-        let first = requests.try_next().await?.and_then(|message| message.to_owned_message().part);
+        let first = requests
+            .try_next()
+            .await?
+            .and_then(|message| message.to_owned_message().part);
         let Some(Part::Target(target)) = first else {
-            return Err(ConnectError::invalid_argument("the first message must name the file"));
+            return Err(ConnectError::invalid_argument(
+                "the first message must name the file",
+            ));
         };
         let (guest, _under_way, _) = self.manager.guest(id(&target.sandbox_id, "sandbox_id")?)?;
         let size = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
@@ -336,9 +416,15 @@ impl HostAgent for Service {
             },
             Err(error) => Err(std::io::Error::other(error)),
         });
-        let path = guest.write_file(&target.path, target.user.as_deref(), sync_stream(content)).await?;
+        let path = guest
+            .write_file(&target.path, target.user.as_deref(), sync_stream(content))
+            .await?;
         let size = size.load(std::sync::atomic::Ordering::Relaxed);
-        Response::ok(WriteFileResponse { path, size, ..Default::default() })
+        Response::ok(WriteFileResponse {
+            path,
+            size,
+            ..Default::default()
+        })
     }
 
     async fn read_file_stream(
@@ -350,7 +436,12 @@ impl HostAgent for Service {
         let chunks: Chunks = guest.read_file(request.path, request.user).await?;
         let chunks = chunks.map(move |chunk| {
             let _held_while_the_stream_lives = &under_way;
-            chunk.map(|data| ReadFileChunk { data: data.to_vec(), ..Default::default() }).map_err(ConnectError::from)
+            chunk
+                .map(|data| ReadFileChunk {
+                    data: data.to_vec(),
+                    ..Default::default()
+                })
+                .map_err(ConnectError::from)
         });
         let chunks: ServiceStream<ReadFileChunk> = Box::pin(chunks);
         Response::ok(chunks)
@@ -363,7 +454,10 @@ impl HostAgent for Service {
     ) -> ServiceResult<impl Encodable<StatPathResponse> + Send + use<'a>> {
         let (guest, _under_way, _) = self.manager.guest(id(request.sandbox_id, "sandbox_id")?)?;
         let entry = guest.stat(request.path.to_owned(), request.user).await?;
-        Response::ok(StatPathResponse { entry: entry.into(), ..Default::default() })
+        Response::ok(StatPathResponse {
+            entry: entry.into(),
+            ..Default::default()
+        })
     }
 
     async fn list_dir<'a>(
@@ -372,8 +466,13 @@ impl HostAgent for Service {
         request: ServiceRequest<'_, ListDirRequest>,
     ) -> ServiceResult<impl Encodable<ListDirResponse> + Send + use<'a>> {
         let (guest, _under_way, _) = self.manager.guest(id(request.sandbox_id, "sandbox_id")?)?;
-        let entries = guest.list_dir(request.path.to_owned(), request.depth, request.user).await?;
-        Response::ok(ListDirResponse { entries, ..Default::default() })
+        let entries = guest
+            .list_dir(request.path.to_owned(), request.depth, request.user)
+            .await?;
+        Response::ok(ListDirResponse {
+            entries,
+            ..Default::default()
+        })
     }
 
     async fn make_dir<'a>(
@@ -383,7 +482,10 @@ impl HostAgent for Service {
     ) -> ServiceResult<impl Encodable<MakeDirResponse> + Send + use<'a>> {
         let (guest, _under_way, _) = self.manager.guest(id(request.sandbox_id, "sandbox_id")?)?;
         let entry = guest.make_dir(request.path.to_owned(), request.user).await?;
-        Response::ok(MakeDirResponse { entry: entry.into(), ..Default::default() })
+        Response::ok(MakeDirResponse {
+            entry: entry.into(),
+            ..Default::default()
+        })
     }
 
     async fn remove_path<'a>(
@@ -402,8 +504,14 @@ impl HostAgent for Service {
         request: ServiceRequest<'_, CreateSnapshotRequest>,
     ) -> ServiceResult<impl Encodable<CreateSnapshotResponse> + Send + use<'a>> {
         let sandbox_id: SandboxId = id(request.sandbox_id, "sandbox_id")?;
-        let (team, template) = (id(request.team_id, "team_id")?, id(request.template_id, "template_id")?);
-        let (size_bytes, view) = self.manager.snapshot(sandbox_id, request.generation, team, template).await?;
+        let (team, template) = (
+            id(request.team_id, "team_id")?,
+            id(request.template_id, "template_id")?,
+        );
+        let (size_bytes, view) = self
+            .manager
+            .snapshot(sandbox_id, request.generation, team, template)
+            .await?;
         Response::ok(CreateSnapshotResponse {
             size_bytes,
             vcpus: view.record.shape.vcpus,
@@ -418,7 +526,10 @@ impl HostAgent for Service {
         _: RequestContext,
         request: ServiceRequest<'_, DeleteSnapshotRequest>,
     ) -> ServiceResult<impl Encodable<DeleteSnapshotResponse> + Send + use<'a>> {
-        self.manager.delete_template(id(request.team_id, "team_id")?, id(request.template_id, "template_id")?)?;
+        self.manager.delete_template(
+            id(request.team_id, "team_id")?,
+            id(request.template_id, "template_id")?,
+        )?;
         Response::ok(DeleteSnapshotResponse::default())
     }
 
@@ -427,8 +538,13 @@ impl HostAgent for Service {
         _: RequestContext,
         request: ServiceRequest<'_, GetMetricsRequest>,
     ) -> ServiceResult<impl Encodable<GetMetricsResponse> + Send + use<'a>> {
-        let points = self.manager.samples(id(request.sandbox_id, "sandbox_id")?, request.since_ms)?;
-        Response::ok(GetMetricsResponse { points, ..Default::default() })
+        let points = self
+            .manager
+            .samples(id(request.sandbox_id, "sandbox_id")?, request.since_ms)?;
+        Response::ok(GetMetricsResponse {
+            points,
+            ..Default::default()
+        })
     }
 
     async fn get_host_status<'a>(
@@ -443,7 +559,12 @@ impl HostAgent for Service {
         let minimal = minimal_status(&shared.templates.minimal.subscribe().borrow());
         Response::ok(GetHostStatusResponse {
             version: env!("CARGO_PKG_VERSION").to_owned(),
-            vmm: format!("{} {}, {}", platform.vmm, platform.version, platform.accelerator.as_str()),
+            vmm: format!(
+                "{} {}, {}",
+                platform.vmm,
+                platform.version,
+                platform.accelerator.as_str()
+            ),
             cpu_cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
             memory_mb: shared.capacity.memory_mb,
             memory_available_mb: crate::manager::available_memory_mb(),
@@ -480,7 +601,13 @@ fn streamed(
     activity: std::sync::Arc<crate::manager::activity::Activity>,
 ) -> ServiceStream<ProcessEvent> {
     Box::pin(events.map(move |event| {
-        if !matches!(&event, Ok(ProcessEvent { event: Some(WireEvent::Keepalive(_)), .. })) {
+        if !matches!(
+            &event,
+            Ok(ProcessEvent {
+                event: Some(WireEvent::Keepalive(_)),
+                ..
+            })
+        ) {
             activity.touch();
         }
         event.map_err(ConnectError::from)

@@ -91,10 +91,15 @@ impl SandboxStatus {
     #[must_use]
     pub fn is_transient(self) -> bool {
         match self {
-            Self::Pending | Self::Starting | Self::Pausing | Self::Snapshotting | Self::Resuming | Self::Stopping => {
-                true
+            Self::Pending
+            | Self::Starting
+            | Self::Pausing
+            | Self::Snapshotting
+            | Self::Resuming
+            | Self::Stopping => true,
+            Self::Running | Self::Paused | Self::Hibernated | Self::Stopped | Self::Missing | Self::Error => {
+                false
             }
-            Self::Running | Self::Paused | Self::Hibernated | Self::Stopped | Self::Missing | Self::Error => false,
         }
     }
 }

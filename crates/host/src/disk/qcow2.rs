@@ -89,7 +89,11 @@ mod tests {
 
     fn qemu_img(args: &[&str], path: &Path) -> serde_json::Value {
         let output = Command::new("qemu-img").args(args).arg(path).output().unwrap();
-        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         serde_json::from_slice(&output.stdout).unwrap()
     }
 

@@ -24,20 +24,30 @@ impl GuestClient {
     ) -> Result<String> {
         let body = BodyExt::boxed(StreamBody::new(content.map_ok(Frame::data)));
         let mut request = request(Method::POST, &files_path(path, user), body);
-        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
+        request
+            .headers_mut()
+            .insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         let answer = self.http(request).await?;
         let bytes = self.expect_success(answer).await?;
         let written: Vec<wrenn_proto::guest::WrittenFile> = serde_json::from_slice(&bytes)
             .map_err(|error| HostError::Guest(format!("its answer to an upload makes no sense: {error}")))?;
-        Ok(written.into_iter().next().map(|file| file.path).unwrap_or_else(|| path.to_owned()))
+        Ok(written
+            .into_iter()
+            .next()
+            .map(|file| file.path)
+            .unwrap_or_else(|| path.to_owned()))
     }
 
     /// Reads a file as a stream of chunks.
     pub(crate) async fn read_file(&self, path: &str, user: Option<&str>) -> Result<Chunks> {
-        let answer = self.http(request(Method::GET, &files_path(path, user), empty())).await?;
+        let answer = self
+            .http(request(Method::GET, &files_path(path, user), empty()))
+            .await?;
         if !answer.status().is_success() {
             self.expect_success(answer).await?;
-            return Err(HostError::Guest("it answered a download with an odd status".to_owned()));
+            return Err(HostError::Guest(
+                "it answered a download with an odd status".to_owned(),
+            ));
         }
         let chunks = answer
             .into_body()
@@ -47,28 +57,65 @@ impl GuestClient {
     }
 
     pub(crate) async fn stat(&self, path: String, user: Option<&str>) -> Result<host::FileEntry> {
-        let request = envd::StatRequest { path, ..Default::default() };
-        let answer = self.inner.filesystem.stat_with_options(request, user_header(user)).await.map_err(rpc_error)?;
+        let request = envd::StatRequest {
+            path,
+            ..Default::default()
+        };
+        let answer = self
+            .inner
+            .filesystem
+            .stat_with_options(request, user_header(user))
+            .await
+            .map_err(rpc_error)?;
         Ok(entry(answer.into_owned().entry.into_option().unwrap_or_default()))
     }
 
-    pub(crate) async fn list_dir(&self, path: String, depth: u32, user: Option<&str>) -> Result<Vec<host::FileEntry>> {
-        let request = envd::ListDirRequest { path, depth, ..Default::default() };
+    pub(crate) async fn list_dir(
+        &self,
+        path: String,
+        depth: u32,
+        user: Option<&str>,
+    ) -> Result<Vec<host::FileEntry>> {
+        let request = envd::ListDirRequest {
+            path,
+            depth,
+            ..Default::default()
+        };
         let options: CallOptions = user_header(user);
-        let answer = self.inner.filesystem.list_dir_with_options(request, options).await.map_err(rpc_error)?;
+        let answer = self
+            .inner
+            .filesystem
+            .list_dir_with_options(request, options)
+            .await
+            .map_err(rpc_error)?;
         Ok(answer.into_owned().entries.into_iter().map(entry).collect())
     }
 
     pub(crate) async fn make_dir(&self, path: String, user: Option<&str>) -> Result<host::FileEntry> {
-        let request = envd::MakeDirRequest { path, ..Default::default() };
-        let answer =
-            self.inner.filesystem.make_dir_with_options(request, user_header(user)).await.map_err(rpc_error)?;
+        let request = envd::MakeDirRequest {
+            path,
+            ..Default::default()
+        };
+        let answer = self
+            .inner
+            .filesystem
+            .make_dir_with_options(request, user_header(user))
+            .await
+            .map_err(rpc_error)?;
         Ok(entry(answer.into_owned().entry.into_option().unwrap_or_default()))
     }
 
     pub(crate) async fn remove(&self, path: String, user: Option<&str>) -> Result<()> {
-        let request = envd::RemoveRequest { path, ..Default::default() };
-        self.inner.filesystem.remove_with_options(request, user_header(user)).await.map_err(rpc_error).map(drop)
+        let request = envd::RemoveRequest {
+            path,
+            ..Default::default()
+        };
+        self.inner
+            .filesystem
+            .remove_with_options(request, user_header(user))
+            .await
+            .map_err(rpc_error)
+            .map(drop)
     }
 }
 

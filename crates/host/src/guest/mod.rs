@@ -56,7 +56,10 @@ impl GuestClient {
         let connector = GuestConnector::new(net.clone(), ENVD_PORT);
         let build = || {
             let mut builder = Client::builder(TokioExecutor::new());
-            builder.pool_idle_timeout(Duration::from_secs(60)).pool_max_idle_per_host(8).retry_canceled_requests(true);
+            builder
+                .pool_idle_timeout(Duration::from_secs(60))
+                .pool_max_idle_per_host(8)
+                .retry_canceled_requests(true);
             builder
         };
         let transport: Transport = ServiceTransport::new(build().build(connector.clone()));
@@ -75,9 +78,13 @@ impl GuestClient {
     }
 
     async fn http(&self, mut request: Request<RawBody>) -> Result<Response<Incoming>> {
-        request.headers_mut().insert(ACCESS_TOKEN_HEADER, self.inner.token.clone());
+        request
+            .headers_mut()
+            .insert(ACCESS_TOKEN_HEADER, self.inner.token.clone());
         self.inner.http.request(request).await.map_err(|error| {
-            let cause = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+            let cause = std::error::Error::source(&error)
+                .map(ToString::to_string)
+                .unwrap_or_default();
             HostError::Guest(format!("it does not answer ({error}: {cause})"))
         })
     }
@@ -91,7 +98,10 @@ impl GuestClient {
                 if answer.status().is_success() {
                     Ok(())
                 } else {
-                    Err(HostError::Guest(format!("its health check answers {}", answer.status())))
+                    Err(HostError::Guest(format!(
+                        "its health check answers {}",
+                        answer.status()
+                    )))
                 }
             };
             let outcome = tokio::time::timeout(Duration::from_secs(5), attempt)
@@ -109,7 +119,10 @@ impl GuestClient {
     pub(crate) async fn init(&self, init: &InitRequest) -> Result<()> {
         let body = serde_json::to_vec(init).map_err(|error| HostError::Guest(error.to_string()))?;
         let mut request = request(Method::POST, "/init", full(body.into()));
-        request.headers_mut().insert(http::header::CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        request.headers_mut().insert(
+            http::header::CONTENT_TYPE,
+            HeaderValue::from_static("application/json"),
+        );
         let answer = tokio::time::timeout(Duration::from_secs(60), self.http(request))
             .await
             .map_err(|_| HostError::Guest("its initialisation does not end".to_owned()))??;
@@ -120,7 +133,8 @@ impl GuestClient {
     pub(crate) async fn metrics(&self) -> Result<Metrics> {
         let answer = self.http(request(Method::GET, "/metrics", empty())).await?;
         let bytes = self.expect_success(answer).await?;
-        serde_json::from_slice(&bytes).map_err(|error| HostError::Guest(format!("its metrics make no sense: {error}")))
+        serde_json::from_slice(&bytes)
+            .map_err(|error| HostError::Guest(format!("its metrics make no sense: {error}")))
     }
 
     /// Reads a small answer whole, or turns an error answer into the guest's own words.
@@ -144,7 +158,9 @@ impl GuestClient {
             StatusCode::INSUFFICIENT_STORAGE => ErrorCode::ResourceExhausted,
             _ => return Err(HostError::Guest(message)),
         };
-        Err(HostError::GuestRefused(Box::new(ConnectError::new(code, message))))
+        Err(HostError::GuestRefused(Box::new(ConnectError::new(
+            code, message,
+        ))))
     }
 }
 
@@ -152,8 +168,9 @@ fn request(method: Method, path: &str, body: RawBody) -> Request<RawBody> {
     let mut request = Request::new(body);
     *request.method_mut() = method;
     // The paths are ours or percent-encoded by us; the fallback can only miss.
-    *request.uri_mut() =
-        format!("http://guest{path}").parse().unwrap_or_else(|_| http::Uri::from_static("http://guest/"));
+    *request.uri_mut() = format!("http://guest{path}")
+        .parse()
+        .unwrap_or_else(|_| http::Uri::from_static("http://guest/"));
     request
 }
 
@@ -162,7 +179,9 @@ fn empty() -> RawBody {
 }
 
 fn full(bytes: Bytes) -> RawBody {
-    http_body_util::Full::new(bytes).map_err(|never| match never {}).boxed()
+    http_body_util::Full::new(bytes)
+        .map_err(|never| match never {})
+        .boxed()
 }
 
 /// An error of the RPC services: the guest's own refusal, or no sensible answer at all.
@@ -192,7 +211,10 @@ fn user_header(user: Option<&str>) -> connectrpc::client::CallOptions {
     match user {
         Some(user) => options.with_header(
             http::header::AUTHORIZATION,
-            format!("Basic {}", base64::engine::general_purpose::STANDARD.encode(format!("{user}:"))),
+            format!(
+                "Basic {}",
+                base64::engine::general_purpose::STANDARD.encode(format!("{user}:"))
+            ),
         ),
         None => options,
     }

@@ -51,13 +51,21 @@ impl GuestClient {
             }
             .into(),
             pty: pty
-                .map(|size| envd::PTY { size: pty_size(&size).into(), ..Default::default() })
+                .map(|size| envd::PTY {
+                    size: pty_size(&size).into(),
+                    ..Default::default()
+                })
                 .into(),
             tag: spec.tag,
             stdin: Some(stdin),
             ..Default::default()
         };
-        let stream = self.inner.process.start_with_options(request, options).await.map_err(rpc_error)?;
+        let stream = self
+            .inner
+            .process
+            .start_with_options(request, options)
+            .await
+            .map_err(rpc_error)?;
         let events = futures::stream::unfold((stream, false), |(mut stream, ended)| async move {
             if ended {
                 return None;
@@ -76,7 +84,10 @@ impl GuestClient {
 
     /// Follows a process that runs already.
     pub(crate) async fn follow(&self, selector: &host::ProcessSelector) -> Result<Events> {
-        let request = envd::ConnectRequest { process: select(selector)?.into(), ..Default::default() };
+        let request = envd::ConnectRequest {
+            process: select(selector)?.into(),
+            ..Default::default()
+        };
         let tag = match &selector.selector {
             Some(host::__buffa::oneof::process_selector::Selector::Tag(tag)) => tag.clone(),
             _ => String::new(),
@@ -99,9 +110,18 @@ impl GuestClient {
     }
 
     /// Runs a process to its end and collects what it wrote.
-    pub(crate) async fn collect(&self, spec: host::ProcessSpec, limit: Option<Duration>, max: u64) -> Result<Collected> {
-        let max = usize::try_from(if max == 0 { DEFAULT_MAX_OUTPUT } else { max.min(DEFAULT_MAX_OUTPUT) })
-            .unwrap_or(usize::MAX);
+    pub(crate) async fn collect(
+        &self,
+        spec: host::ProcessSpec,
+        limit: Option<Duration>,
+        max: u64,
+    ) -> Result<Collected> {
+        let max = usize::try_from(if max == 0 {
+            DEFAULT_MAX_OUTPUT
+        } else {
+            max.min(DEFAULT_MAX_OUTPUT)
+        })
+        .unwrap_or(usize::MAX);
         let started = Instant::now();
         let mut events = self.start(spec, None, false, limit).await?;
         let mut out = Collected {
@@ -125,11 +145,19 @@ impl GuestClient {
                 Some(HostEvent::Pty(_) | HostEvent::Keepalive(_)) | None => {}
             }
         }
-        Err(HostError::Guest("the process's stream ended before the process".to_owned()))
+        Err(HostError::Guest(
+            "the process's stream ended before the process".to_owned(),
+        ))
     }
 
     pub(crate) async fn list_processes(&self) -> Result<Vec<host::ProcessInfo>> {
-        let list = self.inner.process.list(envd::ListRequest::default()).await.map_err(rpc_error)?.into_owned();
+        let list = self
+            .inner
+            .process
+            .list(envd::ListRequest::default())
+            .await
+            .map_err(rpc_error)?
+            .into_owned();
         Ok(list
             .processes
             .into_iter()
@@ -162,7 +190,12 @@ impl GuestClient {
             signal: signal.into(),
             ..Default::default()
         };
-        self.inner.process.send_signal(request).await.map_err(rpc_error).map(drop)
+        self.inner
+            .process
+            .send_signal(request)
+            .await
+            .map_err(rpc_error)
+            .map(drop)
     }
 
     pub(crate) async fn input(
@@ -177,13 +210,20 @@ impl GuestClient {
             let input = if pty { Input::Pty(data) } else { Input::Stdin(data) };
             let request = envd::SendInputRequest {
                 process: select(selector)?.into(),
-                input: envd::ProcessInput { input: Some(input), ..Default::default() }.into(),
+                input: envd::ProcessInput {
+                    input: Some(input),
+                    ..Default::default()
+                }
+                .into(),
                 ..Default::default()
             };
             self.inner.process.send_input(request).await.map_err(rpc_error)?;
         }
         if close {
-            let request = envd::CloseStdinRequest { process: select(selector)?.into(), ..Default::default() };
+            let request = envd::CloseStdinRequest {
+                process: select(selector)?.into(),
+                ..Default::default()
+            };
             self.inner.process.close_stdin(request).await.map_err(rpc_error)?;
         }
         Ok(())
@@ -192,10 +232,19 @@ impl GuestClient {
     pub(crate) async fn resize(&self, selector: &host::ProcessSelector, size: &host::PtySize) -> Result<()> {
         let request = envd::UpdateRequest {
             process: select(selector)?.into(),
-            pty: envd::PTY { size: pty_size(size).into(), ..Default::default() }.into(),
+            pty: envd::PTY {
+                size: pty_size(size).into(),
+                ..Default::default()
+            }
+            .into(),
             ..Default::default()
         };
-        self.inner.process.update(request).await.map_err(rpc_error).map(drop)
+        self.inner
+            .process
+            .update(request)
+            .await
+            .map_err(rpc_error)
+            .map(drop)
     }
 }
 
@@ -207,7 +256,11 @@ fn keep(kept: &mut Vec<u8>, bytes: &[u8], max: usize) -> bool {
 }
 
 fn pty_size(size: &host::PtySize) -> envd::pty::Size {
-    envd::pty::Size { cols: size.cols, rows: size.rows, ..Default::default() }
+    envd::pty::Size {
+        cols: size.cols,
+        rows: size.rows,
+        ..Default::default()
+    }
 }
 
 fn select(selector: &host::ProcessSelector) -> Result<envd::ProcessSelector> {
@@ -217,10 +270,16 @@ fn select(selector: &host::ProcessSelector) -> Result<envd::ProcessSelector> {
         Some(From::Pid(pid)) => To::Pid(*pid),
         Some(From::Tag(tag)) => To::Tag(tag.clone()),
         None => {
-            return Err(HostError::InvalidArgument { field: "process", message: "neither pid nor tag".to_owned() });
+            return Err(HostError::InvalidArgument {
+                field: "process",
+                message: "neither pid nor tag".to_owned(),
+            });
         }
     };
-    Ok(envd::ProcessSelector { selector: Some(selector), ..Default::default() })
+    Ok(envd::ProcessSelector {
+        selector: Some(selector),
+        ..Default::default()
+    })
 }
 
 fn translate(
@@ -233,7 +292,12 @@ fn translate(
             Ok(event) => event
                 .and_then(|event| event.event)
                 .and_then(|event| translate_event(event, &tag))
-                .map(|event| Ok(host::ProcessEvent { event: Some(event), ..Default::default() })),
+                .map(|event| {
+                    Ok(host::ProcessEvent {
+                        event: Some(event),
+                        ..Default::default()
+                    })
+                }),
         };
         std::future::ready(translated)
     }))

@@ -41,12 +41,21 @@ impl Console {
                 None
             }
         };
-        Self { kept, _reader: reader }
+        Self {
+            kept,
+            _reader: reader,
+        }
     }
 
     /// The last lines as text, with control characters other than line ends left out.
     pub(crate) fn tail(&self) -> String {
-        let kept: Vec<u8> = self.kept.lock().unwrap_or_else(PoisonError::into_inner).iter().copied().collect();
+        let kept: Vec<u8> = self
+            .kept
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .iter()
+            .copied()
+            .collect();
         String::from_utf8_lossy(&kept)
             .chars()
             .filter(|c| *c == '\n' || !c.is_control())

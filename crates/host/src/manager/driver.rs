@@ -25,13 +25,33 @@ const SAMPLE_EVERY: Duration = Duration::from_secs(15);
 /// What a sandbox is asked to do. Every answer is the sandbox's view after it.
 #[derive(Debug)]
 pub(crate) enum Request {
-    Pause { generation: u64, reply: Reply },
-    Resume { generation: u64, timeout_sec: u32, reply: Reply },
-    Destroy { generation: u64, reply: Reply },
-    Snapshot { generation: u64, team: TeamId, template: TemplateId, reply: oneshot::Sender<Result<u64>> },
-    Ping { reply: Reply },
+    Pause {
+        generation: u64,
+        reply: Reply,
+    },
+    Resume {
+        generation: u64,
+        timeout_sec: u32,
+        reply: Reply,
+    },
+    Destroy {
+        generation: u64,
+        reply: Reply,
+    },
+    Snapshot {
+        generation: u64,
+        team: TeamId,
+        template: TemplateId,
+        reply: oneshot::Sender<Result<u64>>,
+    },
+    Ping {
+        reply: Reply,
+    },
     /// The agent ends: pause (or leave running), then end the task without touching anything further.
-    Retire { pause: bool, reply: oneshot::Sender<()> },
+    Retire {
+        pause: bool,
+        reply: oneshot::Sender<()>,
+    },
 }
 
 pub(crate) type Reply = oneshot::Sender<Result<View>>;
@@ -93,7 +113,10 @@ impl Driver {
             Origin::Error => (Life::Error, None, SandboxStatus::Error),
         };
         let (requests_tx, requests) = mpsc::channel(64);
-        let view = watch::Sender::new(View { record: record.clone(), state });
+        let view = watch::Sender::new(View {
+            record: record.clone(),
+            state,
+        });
         let guest = watch::Sender::new(guest);
         let activity = Arc::new(Activity::new(record.last_active_at_ms));
         let samples = Arc::new(Samples::default());
@@ -104,7 +127,17 @@ impl Driver {
             activity: Arc::clone(&activity),
             samples: Arc::clone(&samples),
         };
-        let driver = Self { shared: Arc::clone(&shared), dir, record, life, view, guest, activity, samples, requests };
+        let driver = Self {
+            shared: Arc::clone(&shared),
+            dir,
+            record,
+            life,
+            view,
+            guest,
+            activity,
+            samples,
+            requests,
+        };
         shared.tasks.spawn(driver.run());
         handle
     }
@@ -127,7 +160,10 @@ impl Driver {
     }
 
     fn publish(&self, state: SandboxStatus) {
-        self.view.send_replace(View { record: self.record.clone(), state });
+        self.view.send_replace(View {
+            record: self.record.clone(),
+            state,
+        });
     }
 
     fn settled(&self) -> SandboxStatus {
@@ -139,13 +175,19 @@ impl Driver {
     }
 
     fn current(&self) -> View {
-        View { record: self.record.clone(), state: self.settled() }
+        View {
+            record: self.record.clone(),
+            state: self.settled(),
+        }
     }
 
     /// Refuses a decision older than one already acted on; otherwise remembers it.
     fn accept(&mut self, generation: u64) -> Result<()> {
         if generation < self.record.generation {
-            return Err(HostError::Stale { got: generation, seen: self.record.generation });
+            return Err(HostError::Stale {
+                got: generation,
+                seen: self.record.generation,
+            });
         }
         self.record.generation = generation;
         Ok(())
@@ -166,14 +208,23 @@ impl Driver {
                 };
                 let _ = reply.send(outcome.map(|()| self.current()));
             }
-            Request::Resume { generation, timeout_sec, reply } => {
+            Request::Resume {
+                generation,
+                timeout_sec,
+                reply,
+            } => {
                 let outcome = match self.accept(generation) {
                     Ok(()) => self.resume(timeout_sec).await,
                     Err(error) => Err(error),
                 };
                 let _ = reply.send(outcome.map(|()| self.current()));
             }
-            Request::Snapshot { generation, team, template, reply } => {
+            Request::Snapshot {
+                generation,
+                team,
+                template,
+                reply,
+            } => {
                 let outcome = match self.accept(generation) {
                     Ok(()) => self.snapshot(team, template).await,
                     Err(error) => Err(error),
@@ -216,10 +267,16 @@ impl Driver {
             return match self.life {
                 // Asked for twice: it is as wanted.
                 Life::Paused => Ok(()),
-                _ => Err(HostError::WrongState { state: "error", wanted: "running" }),
+                _ => Err(HostError::WrongState {
+                    state: "error",
+                    wanted: "running",
+                }),
             };
         };
-        self.view.send_replace(View { record: self.record.clone(), state: SandboxStatus::Pausing });
+        self.view.send_replace(View {
+            record: self.record.clone(),
+            state: SandboxStatus::Pausing,
+        });
         // No new requests reach the guest; those under way get a moment.
         let guest = self.guest.send_replace(None);
         let _ = tokio::time::timeout(DRAIN, self.activity.drained()).await;
@@ -252,7 +309,12 @@ impl Driver {
     async fn resume(&mut self, timeout_sec: u32) -> Result<()> {
         match self.life {
             Life::Running(_) => return Ok(()),
-            Life::Error => return Err(HostError::WrongState { state: "error", wanted: "paused" }),
+            Life::Error => {
+                return Err(HostError::WrongState {
+                    state: "error",
+                    wanted: "paused",
+                });
+            }
             Life::Paused => {}
         }
         self.publish(SandboxStatus::Resuming);
@@ -280,9 +342,17 @@ impl Driver {
         let running = match &mut self.life {
             Life::Running(running) => Some(running.as_mut()),
             Life::Paused => None,
-            Life::Error => return Err(HostError::WrongState { state: "error", wanted: "running or paused" }),
+            Life::Error => {
+                return Err(HostError::WrongState {
+                    state: "error",
+                    wanted: "running or paused",
+                });
+            }
         };
-        self.view.send_replace(View { record: self.record.clone(), state: SandboxStatus::Snapshotting });
+        self.view.send_replace(View {
+            record: self.record.clone(),
+            state: SandboxStatus::Snapshotting,
+        });
         let outcome = vm::snapshot(&self.shared, &self.dir, &self.record, running, team, template).await;
         self.publish(self.settled());
         outcome
@@ -296,7 +366,11 @@ impl Driver {
         }
         self.life = Life::Paused;
         // Moved first, so that a folder is either whole or not there.
-        let grave = self.shared.layout.tmp().join(format!("destroyed-{}", uuid::Uuid::new_v4().simple()));
+        let grave = self
+            .shared
+            .layout
+            .tmp()
+            .join(format!("destroyed-{}", uuid::Uuid::new_v4().simple()));
         std::fs::rename(self.dir.path(), &grave).at("remove", self.dir.path())?;
         self.publish(SandboxStatus::Stopped);
         self.shared.forget(self.record.id);
@@ -308,7 +382,9 @@ impl Driver {
     }
 
     fn vm_died(&mut self, exit: &crate::vmm::process::Exit) {
-        let Life::Running(running) = &mut self.life else { return };
+        let Life::Running(running) = &mut self.life else {
+            return;
+        };
         let said = std::fs::read_to_string(self.dir.vmm_log()).unwrap_or_default();
         let said = crate::vmm::qemu::tail(said.trim(), 600);
         let message = if said.is_empty() {
@@ -331,7 +407,10 @@ impl Driver {
 
     /// Tells the control plane what happened by itself.
     fn tell(&self, reason: &'static str) {
-        self.shared.emit(Event { view: self.current(), reason });
+        self.shared.emit(Event {
+            view: self.current(),
+            reason,
+        });
     }
 
     /// When the sandbox has been idle long enough.
@@ -345,7 +424,10 @@ impl Driver {
 
     async fn expire(&mut self) {
         // It may have been used since the clock was set.
-        if self.expiry().is_none_or(|expiry| expiry > tokio::time::Instant::now()) {
+        if self
+            .expiry()
+            .is_none_or(|expiry| expiry > tokio::time::Instant::now())
+        {
             return;
         }
         if self.activity.busy() {
@@ -367,7 +449,9 @@ impl Driver {
     }
 
     fn sample(&self) {
-        let Life::Running(running) = &self.life else { return };
+        let Life::Running(running) = &self.life else {
+            return;
+        };
         let (guest, samples) = (running.guest.clone(), Arc::clone(&self.samples));
         self.shared.tasks.spawn(async move {
             if let Ok(Ok(metrics)) = tokio::time::timeout(Duration::from_secs(5), guest.metrics()).await {

@@ -82,6 +82,7 @@ impl Record {
     pub(crate) fn read(dir: &VmDir) -> Result<Self> {
         let path = dir.journal();
         let bytes = std::fs::read(&path).at("read the journal", &path)?;
-        serde_json::from_slice(&bytes).map_err(|error| HostError::Vmm(format!("its journal is damaged: {error}")))
+        serde_json::from_slice(&bytes)
+            .map_err(|error| HostError::Vmm(format!("its journal is damaged: {error}")))
     }
 }

@@ -22,7 +22,11 @@ impl Samples {
         }
         points.push_back(MetricsPoint {
             timestamp_ms: super::activity::now_ms(),
-            cpu_pct: if metrics.cpu_used_pct.is_finite() { metrics.cpu_used_pct.clamp(0.0, 100.0) } else { 0.0 },
+            cpu_pct: if metrics.cpu_used_pct.is_finite() {
+                metrics.cpu_used_pct.clamp(0.0, 100.0)
+            } else {
+                0.0
+            },
             mem_bytes: metrics.mem_used,
             disk_bytes: metrics.disk_used,
             ..Default::default()
@@ -31,6 +35,10 @@ impl Samples {
 
     pub(crate) fn since(&self, since_ms: i64) -> Vec<MetricsPoint> {
         let points = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        points.iter().filter(|point| point.timestamp_ms >= since_ms).cloned().collect()
+        points
+            .iter()
+            .filter(|point| point.timestamp_ms >= since_ms)
+            .cloned()
+            .collect()
     }
 }

@@ -28,8 +28,8 @@ use crate::template::TemplateStore;
 use crate::vmm::Shape;
 use crate::vmm::qemu::Qemu;
 use activity::{UnderWay, now_ms};
-use driver::{Driver, Handle, Origin, Request};
 pub(crate) use driver::View;
+use driver::{Driver, Handle, Origin, Request};
 use journal::{Phase, Record};
 use slots::Slots;
 pub(crate) use vm::{link, random};
@@ -149,7 +149,8 @@ impl Shared {
     /// Removes images that were deleted while sandboxes stood on them.
     pub(crate) fn collect_images(self: &Arc<Self>) {
         let shared = Arc::clone(self);
-        self.tasks.spawn_blocking(move || shared.templates.collect(&shared.images_in_use()));
+        self.tasks
+            .spawn_blocking(move || shared.templates.collect(&shared.images_in_use()));
     }
 
     fn images_in_use(&self) -> Vec<PathBuf> {
@@ -186,7 +187,9 @@ impl Shared {
         }
         let free = available_memory_mb();
         if free < self.capacity.min_free_memory_mb {
-            return Err(HostError::NoCapacity(format!("only {free} MiB of memory are free on the host")));
+            return Err(HostError::NoCapacity(format!(
+                "only {free} MiB of memory are free on the host"
+            )));
         }
         Ok(())
     }
@@ -194,7 +197,9 @@ impl Shared {
     fn check_disk(&self) -> Result<()> {
         let free = available_disk_mb(&self.layout);
         if free < self.capacity.min_free_disk_mb {
-            return Err(HostError::NoCapacity(format!("only {free} MiB of disk are free on the host")));
+            return Err(HostError::NoCapacity(format!(
+                "only {free} MiB of disk are free on the host"
+            )));
         }
         Ok(())
     }
@@ -204,7 +209,14 @@ impl Shared {
 pub(crate) fn available_memory_mb() -> u64 {
     let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
     text.lines()
-        .find_map(|line| line.strip_prefix("MemAvailable:")?.trim().strip_suffix("kB")?.trim().parse::<u64>().ok())
+        .find_map(|line| {
+            line.strip_prefix("MemAvailable:")?
+                .trim()
+                .strip_suffix("kB")?
+                .trim()
+                .parse::<u64>()
+                .ok()
+        })
         .map_or(0, |kib| kib / 1024)
 }
 
@@ -266,16 +278,25 @@ impl Manager {
         if let Some(entry) = shared.sandboxes().get(&spec.id) {
             return match entry {
                 Entry::Live(handle) => Ok(handle.view.borrow().clone()),
-                Entry::Starting(_) => Err(HostError::WrongState { state: "starting", wanted: "absent" }),
+                Entry::Starting(_) => Err(HostError::WrongState {
+                    state: "starting",
+                    wanted: "absent",
+                }),
             };
         }
         shared.check_memory(spec.shape)?;
         shared.check_disk()?;
-        let image = shared.templates.image(spec.template_team, spec.template, spec.shape).await?;
+        let image = shared
+            .templates
+            .image(spec.template_team, spec.template, spec.shape)
+            .await?;
         if spec.disk_mb < image.manifest.disk_mb {
             return Err(HostError::InvalidArgument {
                 field: "disk_size_mb",
-                message: format!("the template's disk has {} MiB and cannot shrink", image.manifest.disk_mb),
+                message: format!(
+                    "the template's disk has {} MiB and cannot shrink",
+                    image.manifest.disk_mb
+                ),
             });
         }
         let now = now_ms();
@@ -297,7 +318,10 @@ impl Manager {
         {
             let mut sandboxes = shared.sandboxes();
             if sandboxes.contains_key(&spec.id) {
-                return Err(HostError::WrongState { state: "starting", wanted: "absent" });
+                return Err(HostError::WrongState {
+                    state: "starting",
+                    wanted: "absent",
+                });
             }
             sandboxes.insert(spec.id, Entry::Starting(Box::new(record.clone())));
         }
@@ -327,10 +351,16 @@ impl Manager {
                 }
             }
         });
-        work.await.map_err(|error| HostError::Vmm(format!("creating it failed: {error}")))?
+        work.await
+            .map_err(|error| HostError::Vmm(format!("creating it failed: {error}")))?
     }
 
-    async fn build(&self, dir: &VmDir, record: &mut Record, image: crate::template::Image) -> Result<vm::Running> {
+    async fn build(
+        &self,
+        dir: &VmDir,
+        record: &mut Record,
+        image: crate::template::Image,
+    ) -> Result<vm::Running> {
         if let Some(warm) = self.shared.pool.claim(&image) {
             // QEMU works in the folder itself, whatever its name.
             std::fs::rename(warm.dir.path(), dir.path()).at("move into place", dir.path())?;
@@ -352,21 +382,36 @@ impl Manager {
     pub(crate) async fn prepare(&self) {
         self.shared.templates.prepare_minimal().await;
         let shared = Arc::clone(&self.shared);
-        self.shared.tasks.spawn(async move { shared.pool.keep_full(Arc::clone(&shared)).await });
+        self.shared
+            .tasks
+            .spawn(async move { shared.pool.keep_full(Arc::clone(&shared)).await });
     }
 
     fn handle(&self, id: SandboxId) -> Result<Handle> {
         match self.shared.sandboxes().get(&id) {
             Some(Entry::Live(handle)) => Ok(handle.clone()),
-            Some(Entry::Starting(_)) => Err(HostError::WrongState { state: "starting", wanted: "running" }),
-            None => Err(HostError::NotFound { what: "sandbox", id: id.to_string() }),
+            Some(Entry::Starting(_)) => Err(HostError::WrongState {
+                state: "starting",
+                wanted: "running",
+            }),
+            None => Err(HostError::NotFound {
+                what: "sandbox",
+                id: id.to_string(),
+            }),
         }
     }
 
-    async fn ask<T>(&self, id: SandboxId, request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request) -> Result<T> {
+    async fn ask<T>(
+        &self,
+        id: SandboxId,
+        request: impl FnOnce(oneshot::Sender<Result<T>>) -> Request,
+    ) -> Result<T> {
         let handle = self.handle(id)?;
         let (reply, answer) = oneshot::channel();
-        let gone = || HostError::NotFound { what: "sandbox", id: id.to_string() };
+        let gone = || HostError::NotFound {
+            what: "sandbox",
+            id: id.to_string(),
+        };
         handle.requests.send(request(reply)).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
     }
@@ -376,7 +421,12 @@ impl Manager {
     }
 
     pub(crate) async fn resume(&self, id: SandboxId, generation: u64, timeout_sec: u32) -> Result<View> {
-        self.ask(id, |reply| Request::Resume { generation, timeout_sec, reply }).await
+        self.ask(id, |reply| Request::Resume {
+            generation,
+            timeout_sec,
+            reply,
+        })
+        .await
     }
 
     pub(crate) async fn ping(&self, id: SandboxId) -> Result<View> {
@@ -399,7 +449,14 @@ impl Manager {
         template: TemplateId,
     ) -> Result<(u64, View)> {
         self.shared.check_disk()?;
-        let size = self.ask(id, |reply| Request::Snapshot { generation, team, template, reply }).await?;
+        let size = self
+            .ask(id, |reply| Request::Snapshot {
+                generation,
+                team,
+                template,
+                reply,
+            })
+            .await?;
         Ok((size, self.get(id)?))
     }
 
@@ -412,7 +469,10 @@ impl Manager {
     pub(crate) fn get(&self, id: SandboxId) -> Result<View> {
         match self.shared.sandboxes().get(&id) {
             Some(entry) => Ok(entry.view()),
-            None => Err(HostError::NotFound { what: "sandbox", id: id.to_string() }),
+            None => Err(HostError::NotFound {
+                what: "sandbox",
+                id: id.to_string(),
+            }),
         }
     }
 
@@ -420,7 +480,11 @@ impl Manager {
         self.shared.sandboxes().values().map(Entry::view).collect()
     }
 
-    pub(crate) fn samples(&self, id: SandboxId, since_ms: i64) -> Result<Vec<wrenn_proto::hostagent::MetricsPoint>> {
+    pub(crate) fn samples(
+        &self,
+        id: SandboxId,
+        since_ms: i64,
+    ) -> Result<Vec<wrenn_proto::hostagent::MetricsPoint>> {
         Ok(self.handle(id)?.samples.since(since_ms))
     }
 
@@ -428,10 +492,14 @@ impl Manager {
     pub(crate) fn guest(&self, id: SandboxId) -> Result<(GuestClient, UnderWay, Handle)> {
         let handle = self.handle(id)?;
         let under_way = handle.activity.begin();
-        let guest = handle.guest.borrow().clone().ok_or_else(|| HostError::WrongState {
-            state: handle.view.borrow().state.as_str(),
-            wanted: "running",
-        })?;
+        let guest = handle
+            .guest
+            .borrow()
+            .clone()
+            .ok_or_else(|| HostError::WrongState {
+                state: handle.view.borrow().state.as_str(),
+                wanted: "running",
+            })?;
         Ok((guest, under_way, handle))
     }
 
@@ -447,7 +515,10 @@ impl Manager {
                 Entry::Starting(_) => None,
             })
             .collect();
-        let running = handles.iter().filter(|handle| handle.view.borrow().state == SandboxStatus::Running).count();
+        let running = handles
+            .iter()
+            .filter(|handle| handle.view.borrow().state == SandboxStatus::Running)
+            .count();
         told(0, running);
         let mut done = 0;
         // A few at a time: each writes its memory to the same disk.
@@ -460,7 +531,12 @@ impl Manager {
             let was_running = handle.view.borrow().state == SandboxStatus::Running;
             waiting.spawn(async move {
                 let (reply, answer) = oneshot::channel();
-                if handle.requests.send(Request::Retire { pause, reply }).await.is_ok() {
+                if handle
+                    .requests
+                    .send(Request::Retire { pause, reply })
+                    .await
+                    .is_ok()
+                {
                     let _ = answer.await;
                 }
                 was_running
@@ -480,7 +556,10 @@ impl Manager {
 impl Entry {
     fn view(&self) -> View {
         match self {
-            Self::Starting(record) => View { record: (**record).clone(), state: SandboxStatus::Starting },
+            Self::Starting(record) => View {
+                record: (**record).clone(),
+                state: SandboxStatus::Starting,
+            },
             Self::Live(handle) => handle.view.borrow().clone(),
         }
     }

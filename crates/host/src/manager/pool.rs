@@ -96,7 +96,10 @@ impl Pool {
                 Ok(true) => {}
                 Ok(false) => tokio::time::sleep(RETRY).await,
                 Err(error) => {
-                    tracing::warn!(error = &error as &dyn std::error::Error, "cannot prepare a virtual machine ahead");
+                    tracing::warn!(
+                        error = &error as &dyn std::error::Error,
+                        "cannot prepare a virtual machine ahead"
+                    );
                     tokio::time::sleep(RETRY).await;
                 }
             }
@@ -104,9 +107,16 @@ impl Pool {
     }
 
     async fn add(&self, shared: &Arc<Shared>) -> Result<bool> {
-        let image =
-            shared.templates.image(TeamId::PLATFORM, TemplateId::MINIMAL, TemplateStore::USUAL_SHAPE).await?;
-        let dir = VmDir::new(shared.layout.pool().join(uuid::Uuid::new_v4().simple().to_string()));
+        let image = shared
+            .templates
+            .image(TeamId::PLATFORM, TemplateId::MINIMAL, TemplateStore::USUAL_SHAPE)
+            .await?;
+        let dir = VmDir::new(
+            shared
+                .layout
+                .pool()
+                .join(uuid::Uuid::new_v4().simple().to_string()),
+        );
         std::fs::create_dir(dir.path()).at("create", dir.path())?;
         let made = async {
             let mut restored = restore(shared, &dir, image.clone()).await?;

@@ -37,18 +37,23 @@ impl Manager {
         let mut counts = (0, 0, 0);
         for (dir, mut record) in found {
             let (origin, reason) = match record.phase.clone() {
-                Phase::Running { process, slot, vm } => match self.adopt(&dir, &record, process, slot, &vm).await {
-                    Ok(running) => {
-                        counts.0 += 1;
-                        (Origin::Running(Box::new(running)), Some("adopted"))
+                Phase::Running { process, slot, vm } => {
+                    match self.adopt(&dir, &record, process, slot, &vm).await {
+                        Ok(running) => {
+                            counts.0 += 1;
+                            (Origin::Running(Box::new(running)), Some("adopted"))
+                        }
+                        Err(error) => {
+                            record.phase = Phase::Error {
+                                message: error.to_string(),
+                                console: String::new(),
+                            };
+                            record.write(&dir)?;
+                            counts.2 += 1;
+                            (Origin::Error, Some("vmm_exited"))
+                        }
                     }
-                    Err(error) => {
-                        record.phase = Phase::Error { message: error.to_string(), console: String::new() };
-                        record.write(&dir)?;
-                        counts.2 += 1;
-                        (Origin::Error, Some("vmm_exited"))
-                    }
-                },
+                }
                 Phase::Error { .. } => {
                     counts.2 += 1;
                     (Origin::Error, None)
@@ -61,7 +66,10 @@ impl Manager {
             let id = record.id;
             let handle = Driver::start(Arc::clone(shared), dir, record, origin);
             if let Some(reason) = reason {
-                shared.emit(Event { view: handle.view.borrow().clone(), reason });
+                shared.emit(Event {
+                    view: handle.view.borrow().clone(),
+                    reason,
+                });
             }
             shared.sandboxes().insert(id, Entry::Live(handle));
         }
@@ -69,7 +77,11 @@ impl Manager {
         for folder in [shared.layout.tmp(), shared.layout.pool()] {
             for entry in std::fs::read_dir(&folder).at("list", &folder)?.flatten() {
                 let path = entry.path();
-                let removed = if path.is_dir() { std::fs::remove_dir_all(&path) } else { std::fs::remove_file(&path) };
+                let removed = if path.is_dir() {
+                    std::fs::remove_dir_all(&path)
+                } else {
+                    std::fs::remove_file(&path)
+                };
                 if let Err(error) = removed {
                     tracing::warn!(path = %path.display(), %error, "cannot remove unfinished work of an earlier run");
                 }
@@ -78,7 +90,12 @@ impl Manager {
         shared.qemu.cgroup.sweep();
         shared.collect_images();
         if counts != (0, 0, 0) {
-            tracing::info!(running = counts.0, paused = counts.1, lost = counts.2, "found the sandboxes of an earlier run");
+            tracing::info!(
+                running = counts.0,
+                paused = counts.1,
+                lost = counts.2,
+                "found the sandboxes of an earlier run"
+            );
         }
         Ok(())
     }
@@ -91,14 +108,20 @@ impl Manager {
         slot: u32,
         name: &str,
     ) -> Result<vm::Running> {
-        let slot = self.shared.slots.take_exactly(slot).ok_or_else(|| {
-            crate::error::HostError::Vmm("its place is another sandbox's".to_owned())
-        })?;
+        let slot = self
+            .shared
+            .slots
+            .take_exactly(slot)
+            .ok_or_else(|| crate::error::HostError::Vmm("its place is another sandbox's".to_owned()))?;
         vm::adopt(&self.shared, dir, record, process, name, slot).await
     }
 
     fn sweep(&self, dir: &VmDir) {
-        let grave = self.shared.layout.tmp().join(format!("swept-{}", uuid::Uuid::new_v4().simple()));
+        let grave = self
+            .shared
+            .layout
+            .tmp()
+            .join(format!("swept-{}", uuid::Uuid::new_v4().simple()));
         if let Err(error) = std::fs::rename(dir.path(), &grave) {
             tracing::warn!(dir = %dir.path().display(), %error, "cannot remove a half-made sandbox");
         }
@@ -108,12 +131,25 @@ impl Manager {
 /// Kills VMM processes that work in this agent's folders without a journal that names them: those started
 /// right before an earlier agent was killed.
 async fn end_strays(data: &Path, keep: &HashSet<ProcessId>) {
-    let Ok(processes) = std::fs::read_dir("/proc") else { return };
+    let Ok(processes) = std::fs::read_dir("/proc") else {
+        return;
+    };
     for entry in processes.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse::<u32>().ok()) else { continue };
-        let Ok(cwd) = std::fs::read_link(entry.path().join("cwd")) else { continue };
-        let ours = ["sandboxes", "pool", "tmp"].iter().any(|folder| cwd.starts_with(data.join(folder)));
-        let is_vmm = std::fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| comm.starts_with("qemu-system"));
+        let Some(pid) = entry
+            .file_name()
+            .to_str()
+            .and_then(|name| name.parse::<u32>().ok())
+        else {
+            continue;
+        };
+        let Ok(cwd) = std::fs::read_link(entry.path().join("cwd")) else {
+            continue;
+        };
+        let ours = ["sandboxes", "pool", "tmp"]
+            .iter()
+            .any(|folder| cwd.starts_with(data.join(folder)));
+        let is_vmm = std::fs::read_to_string(entry.path().join("comm"))
+            .is_ok_and(|comm| comm.starts_with("qemu-system"));
         if !ours || !is_vmm || keep.iter().any(|process| process.pid == pid) {
             continue;
         }

@@ -56,7 +56,12 @@ pub(crate) struct Restored {
 }
 
 /// Creates a sandbox's VM from an image, in the folder `dir` that the caller made and removes on failure.
-pub(crate) async fn create(shared: &Arc<Shared>, dir: &VmDir, record: &mut Record, image: Image) -> Result<Running> {
+pub(crate) async fn create(
+    shared: &Arc<Shared>,
+    dir: &VmDir,
+    record: &mut Record,
+    image: Image,
+) -> Result<Running> {
     shared.step(Step::Journal)?;
     record.phase = Phase::Starting;
     record.write(dir)?;
@@ -87,7 +92,14 @@ pub(crate) async fn restore(shared: &Arc<Shared>, dir: &VmDir, image: Image) -> 
     }
     .await;
     match linked {
-        Ok((console, net, link)) => Ok(Restored { vm, console, image, slot, net, link }),
+        Ok((console, net, link)) => Ok(Restored {
+            vm,
+            console,
+            image,
+            slot,
+            net,
+            link,
+        }),
         Err(error) => {
             vm.kill().await;
             Err(error)
@@ -104,8 +116,23 @@ pub(crate) async fn greet(
 ) -> Result<Running> {
     match make_sandbox(shared, dir, record, &mut restored).await {
         Ok(guest) => {
-            let Restored { vm, console, image, slot, net, link } = restored;
-            Ok(Running { vm, guest, console, image, _slot: slot, _net: net, _link: link })
+            let Restored {
+                vm,
+                console,
+                image,
+                slot,
+                net,
+                link,
+            } = restored;
+            Ok(Running {
+                vm,
+                guest,
+                console,
+                image,
+                _slot: slot,
+                _net: net,
+                _link: link,
+            })
         }
         Err(error) => {
             restored.vm.kill().await;
@@ -120,7 +147,14 @@ async fn make_sandbox(
     record: &mut Record,
     restored: &mut Restored,
 ) -> Result<GuestClient> {
-    let Restored { vm, console, image, slot, net, .. } = restored;
+    let Restored {
+        vm,
+        console,
+        image,
+        slot,
+        net,
+        ..
+    } = restored;
     let grow = record.disk_mb > image.manifest.disk_mb;
     if grow {
         vm.resize_disk(u64::from(record.disk_mb) << 20).await?;
@@ -138,7 +172,10 @@ async fn make_sandbox(
         access_token: Some(record.token.clone()),
         hostname: Some(hostname(record)),
         machine_id: Some(hex::encode(machine_id)),
-        entropy: Some(base64::Engine::encode(&base64::engine::general_purpose::STANDARD, entropy)),
+        entropy: Some(base64::Engine::encode(
+            &base64::engine::general_purpose::STANDARD,
+            entropy,
+        )),
         default_user: Some(image.manifest.default_user.clone()),
         grow_root: grow,
         ..Default::default()
@@ -156,7 +193,11 @@ async fn make_sandbox(
 }
 
 fn running_phase(vm: &Vm, slot: &Slot) -> Phase {
-    Phase::Running { process: vm.process_id(), slot: slot.number(), vm: vm.name().to_owned() }
+    Phase::Running {
+        process: vm.process_id(),
+        slot: slot.number(),
+        vm: vm.name().to_owned(),
+    }
 }
 
 impl Restored {
@@ -170,7 +211,11 @@ impl Restored {
             for command in ["/bin/true", "/bin/sh"] {
                 let spec = wrenn_proto::hostagent::ProcessSpec {
                     cmd: command.to_owned(),
-                    args: if command == "/bin/sh" { vec!["-c".to_owned(), "echo warm".to_owned()] } else { vec![] },
+                    args: if command == "/bin/sh" {
+                        vec!["-c".to_owned(), "echo warm".to_owned()]
+                    } else {
+                        vec![]
+                    },
                     ..Default::default()
                 };
                 guest.collect(spec, Some(Duration::from_secs(60)), 0).await?;
@@ -192,9 +237,19 @@ impl Restored {
     }
 }
 
-fn launch_spec<'a>(dir: &'a VmDir, shape: Shape, disk_mb: u32, image: &'a Image, slot: &Slot) -> LaunchSpec<'a> {
+fn launch_spec<'a>(
+    dir: &'a VmDir,
+    shape: Shape,
+    disk_mb: u32,
+    image: &'a Image,
+    slot: &Slot,
+) -> LaunchSpec<'a> {
     LaunchSpec {
-        name: dir.path().file_name().and_then(|name| name.to_str()).unwrap_or("vm"),
+        name: dir
+            .path()
+            .file_name()
+            .and_then(|name| name.to_str())
+            .unwrap_or("vm"),
         dir,
         slot: slot.number(),
         shape,
@@ -212,7 +267,8 @@ fn hostname(record: &Record) -> String {
 
 pub(crate) fn random<const N: usize>() -> Result<[u8; N]> {
     let mut bytes = [0; N];
-    getrandom::fill(&mut bytes).map_err(|error| HostError::Vmm(format!("the host has no random bytes: {error}")))?;
+    getrandom::fill(&mut bytes)
+        .map_err(|error| HostError::Vmm(format!("the host has no random bytes: {error}")))?;
     Ok(bytes)
 }
 
@@ -226,11 +282,9 @@ pub(crate) async fn adopt(
     slot: Slot,
 ) -> Result<Running> {
     let image = shared.templates.image_at(&record.image)?;
-    let mut vm = shared
-        .qemu
-        .adopt(name, process, dir)
-        .await
-        .ok_or_else(|| HostError::Vmm("the virtual machine ended while the host agent was away".to_owned()))?;
+    let mut vm = shared.qemu.adopt(name, process, dir).await.ok_or_else(|| {
+        HostError::Vmm("the virtual machine ended while the host agent was away".to_owned())
+    })?;
     for leftover in [dir.partial_state(), dir.partial_memory()] {
         let _ = std::fs::remove_file(leftover);
     }
@@ -247,7 +301,15 @@ pub(crate) async fn adopt(
     match outcome {
         Ok((console, net, link)) => {
             let guest = GuestClient::new(&net, &record.token);
-            Ok(Running { vm, guest, console, image, _slot: slot, _net: net, _link: link })
+            Ok(Running {
+                vm,
+                guest,
+                console,
+                image,
+                _slot: slot,
+                _net: net,
+                _link: link,
+            })
         }
         Err(error) => {
             vm.kill().await;
@@ -257,14 +319,22 @@ pub(crate) async fn adopt(
 }
 
 /// Saves memory and device state and journals it. On failure the guest goes on.
-pub(crate) async fn save(shared: &Arc<Shared>, dir: &VmDir, record: &mut Record, running: &mut Running) -> Result<Saved> {
+pub(crate) async fn save(
+    shared: &Arc<Shared>,
+    dir: &VmDir,
+    record: &mut Record,
+    running: &mut Running,
+) -> Result<Saved> {
     running.vm.stop().await?;
     let before = record.phase.clone();
     let outcome = async {
         shared.step(Step::Save)?;
         let saved = write_state(dir, record, running).await?;
         shared.step(Step::SaveFinish)?;
-        for (partial, whole) in [(dir.partial_state(), dir.state()), (dir.partial_memory(), dir.memory_diff())] {
+        for (partial, whole) in [
+            (dir.partial_state(), dir.state()),
+            (dir.partial_memory(), dir.memory_diff()),
+        ] {
             std::fs::rename(&partial, &whole).at("move into place", &whole)?;
         }
         record.phase = Phase::Paused;
@@ -274,7 +344,12 @@ pub(crate) async fn save(shared: &Arc<Shared>, dir: &VmDir, record: &mut Record,
     .await;
     if outcome.is_err() {
         record.phase = before;
-        for leftover in [dir.partial_state(), dir.partial_memory(), dir.state(), dir.memory_diff()] {
+        for leftover in [
+            dir.partial_state(),
+            dir.partial_memory(),
+            dir.state(),
+            dir.memory_diff(),
+        ] {
             let _ = std::fs::remove_file(leftover);
         }
         running.vm.cont().await?;
@@ -297,7 +372,10 @@ pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
     shared.check_memory(record.shape)?;
     let slot = shared.slots.take()?;
     shared.step(Step::Launch)?;
-    let launched = shared.qemu.launch(&launch_spec(dir, record.shape, record.disk_mb, &image, &slot)).await?;
+    let launched = shared
+        .qemu
+        .launch(&launch_spec(dir, record.shape, record.disk_mb, &image, &slot))
+        .await?;
     let prepared = async {
         shared.step(Step::Restore)?;
         let mapped = launched.memory(&image.dir.memory())?;
@@ -342,13 +420,26 @@ pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
     }
     let guest = GuestClient::new(&net, &record.token);
     // A guest that has broken its own agent is its owner's to repair or destroy: it runs all the same.
-    let clock = InitRequest { timestamp: Some(jiff::Timestamp::now().to_string()), ..Default::default() };
+    let clock = InitRequest {
+        timestamp: Some(jiff::Timestamp::now().to_string()),
+        ..Default::default()
+    };
     match tokio::time::timeout(Duration::from_secs(20), guest.init(&clock)).await {
         Ok(Ok(())) => {}
-        Ok(Err(error)) => tracing::warn!(sandbox = %record.id, %error, "a resumed guest did not take the time"),
+        Ok(Err(error)) => {
+            tracing::warn!(sandbox = %record.id, %error, "a resumed guest did not take the time")
+        }
         Err(_) => tracing::warn!(sandbox = %record.id, "a resumed guest's agent does not answer"),
     }
-    Ok(Running { vm, guest, console, image, _slot: slot, _net: net, _link: link })
+    Ok(Running {
+        vm,
+        guest,
+        console,
+        image,
+        _slot: slot,
+        _net: net,
+        _link: link,
+    })
 }
 
 /// Makes a template of a sandbox. Returns its size in bytes. A running guest stands still only while its state is
@@ -364,10 +455,16 @@ pub(crate) async fn snapshot(
     let target = shared.templates.snapshot_path(team, template);
     if target.exists() {
         // A repeated request; the template is complete, for it is renamed into place.
-        return Ok(shared.templates.image_at(target.strip_prefix(shared.layout.images()).unwrap_or(&target))?.size_bytes());
+        return Ok(shared
+            .templates
+            .image_at(target.strip_prefix(shared.layout.images()).unwrap_or(&target))?
+            .size_bytes());
     }
     let base = shared.templates.image_at(&record.image)?;
-    let work = shared.layout.tmp().join(format!("snapshot-{}", uuid::Uuid::new_v4().simple()));
+    let work = shared
+        .layout
+        .tmp()
+        .join(format!("snapshot-{}", uuid::Uuid::new_v4().simple()));
     std::fs::create_dir(&work).at("create", &work)?;
     let image = ImageDir::new(work.clone());
     let outcome = async {
@@ -393,7 +490,11 @@ pub(crate) async fn snapshot(
         let diff = image.path().join("memory.diff");
         blocking(move || {
             copy_sparse(&from, &to)?;
-            let flat = std::fs::File::options().read(true).write(true).open(&to).at("open", &to)?;
+            let flat = std::fs::File::options()
+                .read(true)
+                .write(true)
+                .open(&to)
+                .at("open", &to)?;
             memory::apply(&diff, FlatImage(&flat)).at("write memory into", &to)?;
             std::fs::remove_file(&diff).at("remove", &diff)
         })
@@ -413,7 +514,8 @@ pub(crate) async fn snapshot(
             std::fs::create_dir_all(parent).at("create", parent)?;
         }
         std::fs::rename(&work, &target).at("move into place", &target)?;
-        Ok(crate::disk::allocated_bytes(&target.join("memory.img")) + crate::disk::allocated_bytes(&target.join(VmDir::DISK)))
+        Ok(crate::disk::allocated_bytes(&target.join("memory.img"))
+            + crate::disk::allocated_bytes(&target.join(VmDir::DISK)))
     }
     .await;
     if outcome.is_err() {
@@ -455,5 +557,7 @@ async fn take_parts(
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work).await.map_err(|error| HostError::Vmm(format!("a worker ended: {error}")))?
+    tokio::task::spawn_blocking(work)
+        .await
+        .map_err(|error| HostError::Vmm(format!("a worker ended: {error}")))?
 }

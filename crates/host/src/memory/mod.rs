@@ -53,11 +53,17 @@ pub(crate) fn save(memory: &MappedMemory, path: &Path) -> io::Result<Saved> {
             let (number, zero) = (first + index as u64, is_zero(page));
             match runs.last_mut() {
                 Some(run)
-                    if run.zero == zero && run.first + u64::from(run.pages) == number && run.pages < u32::MAX =>
+                    if run.zero == zero
+                        && run.first + u64::from(run.pages) == number
+                        && run.pages < u32::MAX =>
                 {
                     run.pages += 1;
                 }
-                _ => runs.push(Run { first: number, pages: 1, zero }),
+                _ => runs.push(Run {
+                    first: number,
+                    pages: 1,
+                    zero,
+                }),
             }
         }
         pages += count;
@@ -72,15 +78,21 @@ pub(crate) fn save(memory: &MappedMemory, path: &Path) -> io::Result<Saved> {
         out.write_all(&run.pages.to_le_bytes())?;
         out.write_all(&u32::from(!run.zero).to_le_bytes())?;
     }
-    let data: Vec<(u64, u64)> =
-        runs.iter().filter(|run| !run.zero).map(|run| (run.first, u64::from(run.pages))).collect();
+    let data: Vec<(u64, u64)> = runs
+        .iter()
+        .filter(|run| !run.zero)
+        .map(|run| (run.first, u64::from(run.pages)))
+        .collect();
     for_batches(&data, |first, count| {
         let bytes = &mut buffer[..PAGE * count as usize];
         memory.read_pages(first, bytes)?;
         out.write_all(bytes)
     })?;
     let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
-    Ok(Saved { pages, bytes: file.metadata()?.len() })
+    Ok(Saved {
+        pages,
+        bytes: file.metadata()?.len(),
+    })
 }
 
 /// Where saved pages are written back to.
@@ -116,7 +128,12 @@ impl PageSink for FlatImage<'_> {
 
 /// Writes the pages saved in `path` into `sink`.
 pub(crate) fn apply(path: &Path, mut sink: impl PageSink) -> io::Result<()> {
-    let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("saved memory is damaged: {what}"));
+    let invalid = |what: &str| {
+        io::Error::new(
+            io::ErrorKind::InvalidData,
+            format!("saved memory is damaged: {what}"),
+        )
+    };
     let file = File::open(path)?;
     let length = file.metadata()?.len();
     let mut input = BufReader::with_capacity(1 << 20, file);
@@ -140,7 +157,10 @@ pub(crate) fn apply(path: &Path, mut sink: impl PageSink) -> io::Result<()> {
         input.read_exact(&mut rest)?;
         let pages = u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]);
         let zero = u32::from_le_bytes([rest[4], rest[5], rest[6], rest[7]]) == 0;
-        if first.checked_add(u64::from(pages)).is_none_or(|end| end > page_count) {
+        if first
+            .checked_add(u64::from(pages))
+            .is_none_or(|end| end > page_count)
+        {
             return Err(invalid("a page lies outside the memory"));
         }
         runs.push(Run { first, pages, zero });
@@ -192,7 +212,10 @@ mod tests {
 
     /// A process that maps a file privately and changes some of its pages, as a clone's QEMU does.
     fn clone_process(image: &Path, writes: &[(u64, u8)]) -> std::process::Child {
-        let writes: Vec<String> = writes.iter().map(|(page, byte)| format!("({page},{byte})")).collect();
+        let writes: Vec<String> = writes
+            .iter()
+            .map(|(page, byte)| format!("({page},{byte})"))
+            .collect();
         let script = format!(
             "import mmap,sys\n\
              f=open(sys.argv[1],'r+b')\n\

@@ -30,15 +30,23 @@ impl MappedMemory {
         let (mut start, mut end) = (0, 0);
         for line in maps.lines() {
             let mut fields = line.split_ascii_whitespace();
-            let (Some(range), Some(_), Some(offset), Some(_), Some(ino)) =
-                (fields.next(), fields.next(), fields.next(), fields.next(), fields.next())
-            else {
+            let (Some(range), Some(_), Some(offset), Some(_), Some(ino)) = (
+                fields.next(),
+                fields.next(),
+                fields.next(),
+                fields.next(),
+                fields.next(),
+            ) else {
                 continue;
             };
-            let Some((from, to)) = range.split_once('-') else { continue };
-            let (Ok(from), Ok(to), Ok(offset)) =
-                (u64::from_str_radix(from, 16), u64::from_str_radix(to, 16), u64::from_str_radix(offset, 16))
-            else {
+            let Some((from, to)) = range.split_once('-') else {
+                continue;
+            };
+            let (Ok(from), Ok(to), Ok(offset)) = (
+                u64::from_str_radix(from, 16),
+                u64::from_str_radix(to, 16),
+                u64::from_str_radix(offset, 16),
+            ) else {
                 continue;
             };
             if ino.parse() != Ok(inode) {
@@ -51,10 +59,16 @@ impl MappedMemory {
             }
         }
         if end - start != size || size == 0 {
-            return Err(io::Error::new(io::ErrorKind::NotFound, "the process does not map the memory image whole"));
+            return Err(io::Error::new(
+                io::ErrorKind::NotFound,
+                "the process does not map the memory image whole",
+            ));
         }
         Ok(Self {
-            memory: File::options().read(true).write(true).open(format!("/proc/{pid}/mem"))?,
+            memory: File::options()
+                .read(true)
+                .write(true)
+                .open(format!("/proc/{pid}/mem"))?,
             pagemap: File::open(format!("/proc/{pid}/pagemap"))?,
             start,
             pages: size / PAGE as u64,
@@ -73,9 +87,13 @@ impl MappedMemory {
         while page < self.pages {
             let count = (self.pages - page).min(8192);
             let bytes = &mut entries[..8 * count as usize];
-            self.pagemap.read_exact_at(bytes, (self.start / PAGE as u64 + page) * 8)?;
+            self.pagemap
+                .read_exact_at(bytes, (self.start / PAGE as u64 + page) * 8)?;
             for (index, entry) in bytes.chunks_exact(8).enumerate() {
-                let entry = entry.iter().rev().fold(0u64, |value, byte| value << 8 | u64::from(*byte));
+                let entry = entry
+                    .iter()
+                    .rev()
+                    .fold(0u64, |value, byte| value << 8 | u64::from(*byte));
                 if entry & (PRESENT | SWAPPED) == 0 || entry & FILE_OR_SHARED != 0 {
                     continue;
                 }

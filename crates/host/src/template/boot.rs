@@ -42,7 +42,12 @@ pub(super) struct BootPlan<'a> {
 pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress) -> Result<()> {
     let dir = VmDir::new(plan.work.to_path_buf());
     let image = ImageDir::new(plan.work.to_path_buf());
-    create_overlay(&dir.disk(), u64::from(plan.disk_mb) << 20, plan.rootfs, BackingFormat::Raw)?;
+    create_overlay(
+        &dir.disk(),
+        u64::from(plan.disk_mb) << 20,
+        plan.rootfs,
+        BackingFormat::Raw,
+    )?;
     let memory = image.memory();
     std::fs::File::create(&memory)
         .and_then(|file| file.set_len(u64::from(plan.shape.memory_mb) << 20))
@@ -71,7 +76,11 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
         cmdline::DNS,
         net::DNS_IP,
     );
-    let name = plan.work.file_name().map(|name| name.to_string_lossy().into_owned()).unwrap_or_default();
+    let name = plan
+        .work
+        .file_name()
+        .map(|name| name.to_string_lossy().into_owned())
+        .unwrap_or_default();
     let spec = LaunchSpec {
         dir: &dir,
         name: &name,
@@ -79,7 +88,11 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
         shape: plan.shape,
         disk_mb: plan.disk_mb,
         memory: &memory,
-        boot: Some(BootSource { kernel: &vmlinux, initramfs: &initrd, cmdline: &cmdline }),
+        boot: Some(BootSource {
+            kernel: &vmlinux,
+            initramfs: &initrd,
+            cmdline: &cmdline,
+        }),
     };
     progress.step(75, "booting the virtual machine once");
     let mut vm = qemu.launch(&spec).await?.booted();
@@ -96,7 +109,14 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
     };
     vm.kill().await;
     outcome?;
-    for leftover in [VmDir::QMP, VmDir::NET, VmDir::CONSOLE, "initramfs.cpio", "vmlinux", "vmm.log"] {
+    for leftover in [
+        VmDir::QMP,
+        VmDir::NET,
+        VmDir::CONSOLE,
+        "initramfs.cpio",
+        "vmlinux",
+        "vmm.log",
+    ] {
         let _ = std::fs::remove_file(plan.work.join(leftover));
     }
     Image::seal(

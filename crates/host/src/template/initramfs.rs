@@ -23,14 +23,22 @@ pub(super) const MODULES: [&str; 9] = [
 /// Assembles the archive.
 pub(super) fn build(envd: &[u8], modules: &[(String, Vec<u8>)]) -> Vec<u8> {
     let mut archive = Archive::default();
-    for dir in ["dev", "proc", "sys", INITRAMFS_MODULES_DIR.trim_start_matches('/')] {
+    for dir in [
+        "dev",
+        "proc",
+        "sys",
+        INITRAMFS_MODULES_DIR.trim_start_matches('/'),
+    ] {
         archive.entry(dir, 0o040_755, &[]);
     }
     // Before devtmpfs is mounted the kernel opens this for the init's output.
     archive.device("dev/console", 0o020_600, 5, 1);
     archive.entry("init", 0o100_755, envd);
     for (index, (name, bytes)) in modules.iter().enumerate() {
-        let path = format!("{}/{index:02}-{name}.ko", INITRAMFS_MODULES_DIR.trim_start_matches('/'));
+        let path = format!(
+            "{}/{index:02}-{name}.ko",
+            INITRAMFS_MODULES_DIR.trim_start_matches('/')
+        );
         archive.entry(&path, 0o100_644, bytes);
     }
     archive.entry("TRAILER!!!", 0, &[]);
@@ -86,7 +94,10 @@ pub(super) fn read_modules(modules_root: &Path) -> Result<Vec<(String, Vec<u8>)>
     let mut modules = Vec::new();
     for name in MODULES {
         let file = found.iter().find(|path| {
-            path.file_name().and_then(|file| file.to_str()).and_then(|file| file.split_once(".ko")).is_some_and(|(stem, _)| stem == name)
+            path.file_name()
+                .and_then(|file| file.to_str())
+                .and_then(|file| file.split_once(".ko"))
+                .is_some_and(|(stem, _)| stem == name)
         });
         let Some(path) = file else {
             if builtin.lines().any(|line| line.ends_with(&format!("/{name}.ko"))) {
@@ -94,14 +105,19 @@ pub(super) fn read_modules(modules_root: &Path) -> Result<Vec<(String, Vec<u8>)>
             }
             return Err(HostError::Program {
                 program: "kernel package",
-                detail: format!("it has no module '{name}'; another kernel can be named with WRENN_KERNEL_PACKAGE"),
+                detail: format!(
+                    "it has no module '{name}'; another kernel can be named with WRENN_KERNEL_PACKAGE"
+                ),
             });
         };
         let bytes = std::fs::read(path).at("read", path)?;
-        modules.push((name.to_owned(), super::kernel::decompress(&bytes).map_err(|detail| HostError::Program {
-            program: "kernel package",
-            detail: format!("module {name}: {detail}"),
-        })?));
+        modules.push((
+            name.to_owned(),
+            super::kernel::decompress(&bytes).map_err(|detail| HostError::Program {
+                program: "kernel package",
+                detail: format!("module {name}: {detail}"),
+            })?,
+        ));
     }
     Ok(modules)
 }

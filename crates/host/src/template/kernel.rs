@@ -35,10 +35,16 @@ impl Kernel {
             .filter(|name| !name.starts_with('.'))
             .collect();
         versions.sort_by_key(|version| {
-            version.split(|c: char| !c.is_ascii_digit()).filter_map(|part| part.parse::<u64>().ok()).collect::<Vec<_>>()
+            version
+                .split(|c: char| !c.is_ascii_digit())
+                .filter_map(|part| part.parse::<u64>().ok())
+                .collect::<Vec<_>>()
         });
         let version = versions.pop()?;
-        Some(Self { dir: layout.kernels().join(&version), version })
+        Some(Self {
+            dir: layout.kernels().join(&version),
+            version,
+        })
     }
 
     /// Finds an unpacked kernel, or fetches one.
@@ -51,7 +57,11 @@ impl Kernel {
             "aarch64" => "linux-image-cloud-arm64",
             _ => "linux-image-cloud-amd64",
         };
-        let depends = run("apt-cache", Command::new("apt-cache").args(["depends", "--important", meta])).await?;
+        let depends = run(
+            "apt-cache",
+            Command::new("apt-cache").args(["depends", "--important", meta]),
+        )
+        .await?;
         let package = depends
             .lines()
             .find_map(|line| line.trim().strip_prefix("Depends: linux-image-"))
@@ -61,15 +71,29 @@ impl Kernel {
                 detail: format!("no kernel behind the package {meta}; run 'apt-get update' first"),
             })?;
         let version = package.trim_start_matches("linux-image-").to_owned();
-        let work = layout.kernels().join(format!(".{version}.{}", uuid::Uuid::new_v4().simple()));
+        let work = layout
+            .kernels()
+            .join(format!(".{version}.{}", uuid::Uuid::new_v4().simple()));
         std::fs::create_dir_all(&work).at("create", &work)?;
         let outcome = Self::fetch(layout, &package, &version, &work, progress).await;
         let _ = std::fs::remove_dir_all(&work);
         outcome
     }
 
-    async fn fetch(layout: &Layout, package: &str, version: &str, work: &Path, progress: &Progress) -> Result<Self> {
-        run("apt-get", Command::new("apt-get").args(["download", "-q", package]).current_dir(work)).await?;
+    async fn fetch(
+        layout: &Layout,
+        package: &str,
+        version: &str,
+        work: &Path,
+        progress: &Progress,
+    ) -> Result<Self> {
+        run(
+            "apt-get",
+            Command::new("apt-get")
+                .args(["download", "-q", package])
+                .current_dir(work),
+        )
+        .await?;
         let deb = std::fs::read_dir(work)
             .at("list", work)?
             .filter_map(std::result::Result::ok)
@@ -81,7 +105,11 @@ impl Kernel {
             })?;
         progress.step(6, format!("unpacking kernel {version}"));
         let tree = work.join("tree");
-        run("dpkg-deb", Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&tree)).await?;
+        run(
+            "dpkg-deb",
+            Command::new("dpkg-deb").arg("-x").arg(&deb).arg(&tree),
+        )
+        .await?;
         let ready = work.join("ready");
         let modules = ready.join("modules");
         std::fs::create_dir_all(&modules).at("create", &modules)?;
@@ -91,7 +119,10 @@ impl Kernel {
         let vmlinux = tokio::task::spawn_blocking(move || extract_vmlinux(&image))
             .await
             .map_err(|error| HostError::Vmm(error.to_string()))?
-            .map_err(|detail| HostError::Program { program: "kernel package", detail })?;
+            .map_err(|detail| HostError::Program {
+                program: "kernel package",
+                detail,
+            })?;
         let target = ready.join("vmlinux");
         std::fs::write(&target, vmlinux).at("write", &target)?;
         let root = [tree.join("lib/modules"), tree.join("usr/lib/modules")]
@@ -109,7 +140,10 @@ impl Kernel {
             Err(_) if dir.join("vmlinux").is_file() => {}
             result => result.at("move into place", &dir)?,
         }
-        Ok(Self { version: version.to_owned(), dir })
+        Ok(Self {
+            version: version.to_owned(),
+            dir,
+        })
     }
 }
 
@@ -121,12 +155,18 @@ pub(super) async fn run(program: &'static str, command: &mut Command) -> Result<
         .kill_on_drop(true)
         .output()
         .await
-        .map_err(|error| HostError::Program { program, detail: format!("cannot run it: {error}; is it installed?") })?;
+        .map_err(|error| HostError::Program {
+            program,
+            detail: format!("cannot run it: {error}; is it installed?"),
+        })?;
     if output.status.success() {
         return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
     }
     let said = String::from_utf8_lossy(&output.stderr);
-    Err(HostError::Program { program, detail: crate::vmm::qemu::tail(said.trim(), 1500).to_owned() })
+    Err(HostError::Program {
+        program,
+        detail: crate::vmm::qemu::tail(said.trim(), 1500).to_owned(),
+    })
 }
 
 /// Gets the uncompressed kernel out of a bzImage.
@@ -151,7 +191,11 @@ fn extract_vmlinux(image: &[u8]) -> std::result::Result<Vec<u8>, String> {
         .get(start..start.saturating_add(word(0x24c)?))
         .ok_or("the kernel image's payload is cut off")?;
     let vmlinux = decompress(payload)?;
-    if vmlinux.starts_with(b"\x7fELF") { Ok(vmlinux) } else { Err("the kernel's payload is no ELF file".to_owned()) }
+    if vmlinux.starts_with(b"\x7fELF") {
+        Ok(vmlinux)
+    } else {
+        Err("the kernel's payload is no ELF file".to_owned())
+    }
 }
 
 /// Undoes whichever compression the first bytes name; plain bytes pass.
@@ -159,7 +203,9 @@ pub(super) fn decompress(bytes: &[u8]) -> std::result::Result<Vec<u8>, String> {
     let mut out = Vec::new();
     match bytes {
         [0x1f, 0x8b, ..] => {
-            flate2::read::GzDecoder::new(bytes).read_to_end(&mut out).map_err(|error| format!("gzip: {error}"))?;
+            flate2::read::GzDecoder::new(bytes)
+                .read_to_end(&mut out)
+                .map_err(|error| format!("gzip: {error}"))?;
         }
         [0x28, 0xb5, 0x2f, 0xfd, ..] => {
             ruzstd::decoding::StreamingDecoder::new(bytes)
@@ -209,7 +255,12 @@ mod tests {
         let zstd = ruzstd::encoding::compress_to_vec(&*plain, ruzstd::encoding::CompressionLevel::Fastest);
         assert!(decompress(&zstd).unwrap() == plain);
         let block = lz4_flex::block::compress(&plain);
-        let lz4 = [&[0x02, 0x21, 0x4c, 0x18], &(block.len() as u32).to_le_bytes()[..], &block].concat();
+        let lz4 = [
+            &[0x02, 0x21, 0x4c, 0x18],
+            &(block.len() as u32).to_le_bytes()[..],
+            &block,
+        ]
+        .concat();
         assert!(decompress(&lz4).unwrap() == plain);
         assert!(decompress(b"plain").unwrap() == b"plain");
     }

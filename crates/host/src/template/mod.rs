@@ -48,7 +48,10 @@ pub(crate) struct Progress(Arc<watch::Sender<BuildState>>);
 
 impl Progress {
     pub(crate) fn new() -> Self {
-        Self(Arc::new(watch::Sender::new(BuildState::Building { percent: 0, step: "waiting to start".to_owned() })))
+        Self(Arc::new(watch::Sender::new(BuildState::Building {
+            percent: 0,
+            step: "waiting to start".to_owned(),
+        })))
     }
 
     pub(crate) fn set(&self, state: BuildState) {

@@ -115,7 +115,9 @@ pub(super) async fn ensure(layout: &Layout, recipe: &Recipe, progress: &Progress
 }
 
 async fn build(layout: &Layout, recipe: &Recipe, cached: &Path, progress: &Progress) -> Result<()> {
-    let work = layout.rootfs_cache().join(format!(".work-{}", uuid::Uuid::new_v4().simple()));
+    let work = layout
+        .rootfs_cache()
+        .join(format!(".work-{}", uuid::Uuid::new_v4().simple()));
     std::fs::create_dir_all(&work).at("create", &work)?;
     let outcome = build_in(&work, recipe, cached, progress).await;
     let _ = std::fs::remove_dir_all(&work);
@@ -125,7 +127,11 @@ async fn build(layout: &Layout, recipe: &Recipe, cached: &Path, progress: &Progr
 async fn build_in(work: &Path, recipe: &Recipe, cached: &Path, progress: &Progress) -> Result<()> {
     let root = rustix::process::geteuid().is_root();
     let archive = work.join("rootfs.tar");
-    let bundle = recipe.ca_bundle.as_deref().map(|path| path.to_string_lossy().into_owned()).unwrap_or_default();
+    let bundle = recipe
+        .ca_bundle
+        .as_deref()
+        .map(|path| path.to_string_lossy().into_owned())
+        .unwrap_or_default();
     // mmdebstrap hands a hook to the shell with the tree's path as its argument.
     let hook = format!("sh -c {} sh \"$1\" {}", quote(CUSTOMIZE), quote(&bundle));
     let mut command = Command::new("mmdebstrap");
@@ -189,14 +195,19 @@ async fn follow(command: &mut Command, progress: &Progress) -> Result<()> {
             last.push_back(line);
         }
     }
-    let status = child.wait().await.map_err(|error| HostError::Program { program, detail: error.to_string() })?;
+    let status = child.wait().await.map_err(|error| HostError::Program {
+        program,
+        detail: error.to_string(),
+    })?;
     if status.success() {
         return Ok(());
     }
     let said = last.into_iter().collect::<Vec<_>>().join("\n");
     Err(HostError::Program {
         program,
-        detail: format!("{said}\nIs a Debian mirror reachable (apt-get update)? As an ordinary user it also needs the package uidmap"),
+        detail: format!(
+            "{said}\nIs a Debian mirror reachable (apt-get update)? As an ordinary user it also needs the package uidmap"
+        ),
     })
 }
 

@@ -62,7 +62,11 @@ impl Image {
         let bytes = std::fs::read(&manifest).at("read", &manifest)?;
         let manifest = serde_json::from_slice(&bytes)
             .map_err(|error| HostError::TemplateNotReady(format!("its manifest is damaged: {error}")))?;
-        Ok(Self { memory: dir.memory(), dir, manifest })
+        Ok(Self {
+            memory: dir.memory(),
+            dir,
+            manifest,
+        })
     }
 
     fn check(&self, qemu: &Qemu) -> Result<()> {
@@ -84,12 +88,16 @@ impl Image {
         let memory = self.dir.memory();
         let length = std::fs::metadata(&memory).at("look at", &memory)?.len();
         if length != u64::from(self.manifest.shape.memory_mb) << 20 {
-            return Err(HostError::TemplateNotReady("its memory file has the wrong size".to_owned()));
+            return Err(HostError::TemplateNotReady(
+                "its memory file has the wrong size".to_owned(),
+            ));
         }
         let state = self.dir.state();
         let bytes = std::fs::read(&state).at("read", &state)?;
         if hex::encode(sha2::Sha256::digest(&bytes)) != self.manifest.state_sha256 {
-            return Err(HostError::TemplateNotReady("its device state is damaged".to_owned()));
+            return Err(HostError::TemplateNotReady(
+                "its device state is damaged".to_owned(),
+            ));
         }
         Ok(())
     }
@@ -107,13 +115,21 @@ impl Image {
         // VM processes read memory and disk through their group. Older QEMU insists on opening a private mapping's
         // file for writing, though it never writes to it.
         let memory_mode = if qemu.maps_read_only() { 0o440 } else { 0o660 };
-        for (path, mode) in
-            [(dir.memory(), memory_mode), (dir.disk(), 0o440), (state, 0o400), (target, 0o400), (dir.path().into(), 0o750)]
-        {
+        for (path, mode) in [
+            (dir.memory(), memory_mode),
+            (dir.disk(), 0o440),
+            (state, 0o400),
+            (target, 0o400),
+            (dir.path().into(), 0o750),
+        ] {
             if let Some(ids) = qemu.vm_ids {
                 std::os::unix::fs::chown(&path, Some(0), Some(ids.gid)).at("protect", &path)?;
             }
-            let mode = if qemu.vm_ids.is_none() && path != dir.path() && mode == 0o440 { 0o400 } else { mode };
+            let mode = if qemu.vm_ids.is_none() && path != dir.path() && mode == 0o440 {
+                0o400
+            } else {
+                mode
+            };
             std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).at("protect", &path)?;
         }
         Ok(())
@@ -137,7 +153,12 @@ pub(crate) struct TemplateStore {
 }
 
 impl TemplateStore {
-    pub(crate) fn new(layout: Layout, qemu: Arc<Qemu>, slots: Arc<Slots>, ca_bundle: Option<PathBuf>) -> Self {
+    pub(crate) fn new(
+        layout: Layout,
+        qemu: Arc<Qemu>,
+        slots: Arc<Slots>,
+        ca_bundle: Option<PathBuf>,
+    ) -> Self {
         Self {
             layout,
             qemu,
@@ -149,14 +170,22 @@ impl TemplateStore {
     }
 
     /// The shape in which the built-in template is kept ready.
-    pub(crate) const USUAL_SHAPE: Shape = Shape { vcpus: 1, memory_mb: 512 };
+    pub(crate) const USUAL_SHAPE: Shape = Shape {
+        vcpus: 1,
+        memory_mb: 512,
+    };
 
     /// Makes the built-in template's usual image if it is missing, showing its progress.
     pub(crate) async fn prepare_minimal(&self) {
         match self.minimal_image(Self::USUAL_SHAPE, &self.minimal).await {
-            Ok(image) => self.minimal.set(BuildState::Ready { size_bytes: image.size_bytes() }),
+            Ok(image) => self.minimal.set(BuildState::Ready {
+                size_bytes: image.size_bytes(),
+            }),
             Err(error) => {
-                tracing::error!(error = &error as &dyn std::error::Error, "cannot make the template 'minimal'");
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "cannot make the template 'minimal'"
+                );
                 self.minimal.set(BuildState::Failed(error.to_string()));
             }
         }
@@ -169,14 +198,19 @@ impl TemplateStore {
         }
         let path = self.snapshot_path(team, template);
         if !path.is_dir() || ImageDir::new(path.clone()).deleted_marker().exists() {
-            return Err(HostError::NotFound { what: "template", id: template.to_string() });
+            return Err(HostError::NotFound {
+                what: "template",
+                id: template.to_string(),
+            });
         }
         let image = Image::open(&path, &self.qemu)?;
         if image.manifest.shape != shape {
             let Shape { vcpus, memory_mb } = image.manifest.shape;
             return Err(HostError::InvalidArgument {
                 field: "template",
-                message: format!("it holds a running memory of {vcpus} vCPU and {memory_mb} MiB; leave the size out"),
+                message: format!(
+                    "it holds a running memory of {vcpus} vCPU and {memory_mb} MiB; leave the size out"
+                ),
             });
         }
         Ok(image)
@@ -184,7 +218,9 @@ impl TemplateStore {
 
     /// The image at a path kept in a journal or manifest, whether or not it is still offered to new sandboxes.
     pub(crate) fn image_at(&self, relative: &Path) -> Result<Image> {
-        let safe = relative.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+        let safe = relative
+            .components()
+            .all(|part| matches!(part, std::path::Component::Normal(_)));
         if !safe {
             return Err(HostError::TemplateNotReady("its path is damaged".to_owned()));
         }
@@ -192,7 +228,12 @@ impl TemplateStore {
     }
 
     pub(crate) fn relative(&self, image: &Image) -> PathBuf {
-        image.dir.path().strip_prefix(self.layout.images()).unwrap_or(image.dir.path()).to_path_buf()
+        image
+            .dir
+            .path()
+            .strip_prefix(self.layout.images())
+            .unwrap_or(image.dir.path())
+            .to_path_buf()
     }
 
     pub(crate) fn snapshot_path(&self, team: TeamId, template: TemplateId) -> PathBuf {
@@ -207,7 +248,11 @@ impl TemplateStore {
         let key = fingerprint(&[&platform, ENVD, DEFAULT_USER.as_bytes()]);
         let path = dir.join(format!("{}x{}-{key}", shape.vcpus, shape.memory_mb));
         let lock = Arc::clone(
-            self.building.lock().unwrap_or_else(std::sync::PoisonError::into_inner).entry(path.clone()).or_default(),
+            self.building
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner)
+                .entry(path.clone())
+                .or_default(),
         );
         let _one_at_a_time = lock.lock().await;
         match Image::open(&path, &self.qemu) {
@@ -222,7 +267,10 @@ impl TemplateStore {
         let kernel = Kernel::ensure(&self.layout, progress).await?;
         let rootfs = rootfs::ensure(&self.layout, &self.recipe, progress).await?;
         let slot = self.slots.take()?;
-        let work = self.layout.tmp().join(format!("build-{}", uuid::Uuid::new_v4().simple()));
+        let work = self
+            .layout
+            .tmp()
+            .join(format!("build-{}", uuid::Uuid::new_v4().simple()));
         std::fs::create_dir(&work).at("create", &work)?;
         let plan = BootPlan {
             kernel: &kernel,
@@ -265,11 +313,17 @@ impl TemplateStore {
     pub(crate) fn collect(&self, in_use: &[PathBuf]) {
         loop {
             let images = self.all_images();
-            let parents: Vec<&PathBuf> = images.iter().filter_map(|image| image.manifest.parent.as_ref()).collect();
+            let parents: Vec<&PathBuf> = images
+                .iter()
+                .filter_map(|image| image.manifest.parent.as_ref())
+                .collect();
             let mut removed = false;
             for image in &images {
                 let relative = self.relative(image);
-                if image.dir.deleted_marker().exists() && !in_use.contains(&relative) && !parents.contains(&&relative) {
+                if image.dir.deleted_marker().exists()
+                    && !in_use.contains(&relative)
+                    && !parents.contains(&&relative)
+                {
                     match std::fs::remove_dir_all(image.dir.path()) {
                         Ok(()) => {
                             removed = true;

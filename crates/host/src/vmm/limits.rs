@@ -39,7 +39,10 @@ impl MemoryCgroup {
                 }
             }
         }
-        match usable(PathBuf::from("/sys/fs/cgroup/memory/wrenn"), "memory.limit_in_bytes") {
+        match usable(
+            PathBuf::from("/sys/fs/cgroup/memory/wrenn"),
+            "memory.limit_in_bytes",
+        ) {
             Some(group) => Self::V1(group),
             None => Self::Unavailable,
         }
@@ -58,7 +61,11 @@ impl MemoryCgroup {
     pub(crate) fn resource_limits(&self, limits: Limits) -> Vec<String> {
         // A full disk image with its tables, and nothing else of that size.
         let file_size = (u64::from(limits.disk_mb) << 20) / 16 * 17 + (64 << 20);
-        let mut arguments = vec!["--core=0".to_owned(), "--nofile=1024".to_owned(), format!("--fsize={file_size}")];
+        let mut arguments = vec![
+            "--core=0".to_owned(),
+            "--nofile=1024".to_owned(),
+            format!("--fsize={file_size}"),
+        ];
         if matches!(self, Self::Unavailable) {
             // Address space is not memory: QEMU maps far more than it uses (thread stacks, the translation cache).
             arguments.push(format!("--as={}", memory_bytes(limits) + (4 << 30)));
@@ -74,7 +81,11 @@ impl MemoryCgroup {
                 Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
                 _ => {}
             }
-            let file = if matches!(self, Self::V2(_)) { "memory.max" } else { "memory.limit_in_bytes" };
+            let file = if matches!(self, Self::V2(_)) {
+                "memory.max"
+            } else {
+                "memory.limit_in_bytes"
+            };
             std::fs::write(group.join(file), memory.to_string())?;
             std::fs::write(group.join("cgroup.procs"), pid.to_string())?;
         }
@@ -83,7 +94,9 @@ impl MemoryCgroup {
 
     /// Removes the groups that no process is in, which is what killed agents leave.
     pub(crate) fn sweep(&self) {
-        let (Self::V1(root) | Self::V2(root)) = self else { return };
+        let (Self::V1(root) | Self::V2(root)) = self else {
+            return;
+        };
         for entry in std::fs::read_dir(root).into_iter().flatten().flatten() {
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 // The kernel refuses while a process is in it, of this agent or another.
@@ -113,5 +126,9 @@ fn usable(group: PathBuf, control: &str) -> Option<PathBuf> {
         _ => {}
     }
     // A folder can be made in places where its controller is missing.
-    std::fs::File::options().write(true).open(group.join(control)).is_ok().then_some(group)
+    std::fs::File::options()
+        .write(true)
+        .open(group.join(control))
+        .is_ok()
+        .then_some(group)
 }

@@ -51,10 +51,13 @@ impl VmmProcess {
     /// Starts `command` in a process group of its own, so that a terminal's Ctrl-C does not reach it.
     pub(crate) fn spawn(command: &mut Command) -> Result<Self> {
         use std::os::unix::process::CommandExt as _;
-        let child = command.process_group(0).spawn().map_err(|error| HostError::Program {
-            program: "qemu-system-x86_64",
-            detail: format!("cannot start it: {error}; install the package qemu-system-x86"),
-        })?;
+        let child = command
+            .process_group(0)
+            .spawn()
+            .map_err(|error| HostError::Program {
+                program: "qemu-system-x86_64",
+                detail: format!("cannot start it: {error}; install the package qemu-system-x86"),
+            })?;
         let pid = child.id();
         let held = Self::hold(pid, Some(child))?;
         Ok(held)
@@ -73,13 +76,20 @@ impl VmmProcess {
 
     fn hold(pid: u32, child: Option<Child>) -> Result<Self> {
         let fail = |what: String| HostError::Vmm(format!("cannot watch process {pid}: {what}"));
-        let raw = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or_else(|| fail("bad pid".to_owned()))?;
+        let raw = i32::try_from(pid)
+            .ok()
+            .and_then(Pid::from_raw)
+            .ok_or_else(|| fail("bad pid".to_owned()))?;
         // The pidfd comes first: it pins the process, so that what is read of the pid after it is of this process
         // or the process has ended.
         let pidfd = pidfd_open(raw, PidfdFlags::NONBLOCK).map_err(|error| fail(error.to_string()))?;
         let id = identify(pid).ok_or_else(|| fail("it is gone".to_owned()))?;
-        #[expect(deprecated, reason = "an OwnedFd keeps the promise that the safe constructor cannot check; the other is unsafe")]
-        let pidfd = AsyncFd::with_interest(pidfd, tokio::io::Interest::READABLE).map_err(|error| fail(error.to_string()))?;
+        #[expect(
+            deprecated,
+            reason = "an OwnedFd keeps the promise that the safe constructor cannot check; the other is unsafe"
+        )]
+        let pidfd = AsyncFd::with_interest(pidfd, tokio::io::Interest::READABLE)
+            .map_err(|error| fail(error.to_string()))?;
         Ok(Self { id, pidfd, child })
     }
 
@@ -111,7 +121,10 @@ impl VmmProcess {
     /// Kills it and waits for its end.
     pub(crate) async fn kill(&mut self) {
         let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
-        if tokio::time::timeout(Duration::from_secs(20), self.exited()).await.is_err() {
+        if tokio::time::timeout(Duration::from_secs(20), self.exited())
+            .await
+            .is_err()
+        {
             tracing::error!(pid = self.id.pid, "a killed VMM process did not end within 20 s");
         }
     }
@@ -120,9 +133,23 @@ impl VmmProcess {
 fn identify(pid: u32) -> Option<ProcessId> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The command name may hold spaces and brackets: fields are counted after the last bracket. Start time is field 22.
-    let start_ticks = stat.rsplit_once(')')?.1.split_ascii_whitespace().nth(19)?.parse().ok()?;
-    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?.trim().parse().ok()?;
-    Some(ProcessId { pid, start_ticks, boot_id })
+    let start_ticks = stat
+        .rsplit_once(')')?
+        .1
+        .split_ascii_whitespace()
+        .nth(19)?
+        .parse()
+        .ok()?;
+    let boot_id = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .ok()?
+        .trim()
+        .parse()
+        .ok()?;
+    Some(ProcessId {
+        pid,
+        start_ticks,
+        boot_id,
+    })
 }
 
 #[cfg(test)]
@@ -134,7 +161,13 @@ mod tests {
         let mut process = VmmProcess::spawn(Command::new("sleep").arg("1000")).unwrap();
         let id = process.id();
         let adopted = VmmProcess::adopt(id).unwrap();
-        assert!(VmmProcess::adopt(ProcessId { start_ticks: id.start_ticks + 1, ..id }).is_none());
+        assert!(
+            VmmProcess::adopt(ProcessId {
+                start_ticks: id.start_ticks + 1,
+                ..id
+            })
+            .is_none()
+        );
         drop(adopted);
         process.kill().await;
         assert_eq!(process.exited().await, Exit::Signal(9));

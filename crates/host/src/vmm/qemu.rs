@@ -74,7 +74,10 @@ pub(crate) struct LaunchSpec<'a> {
 
 impl LaunchSpec<'_> {
     fn limits(&self) -> Limits {
-        Limits { memory_mb: self.shape.memory_mb, disk_mb: self.disk_mb }
+        Limits {
+            memory_mb: self.shape.memory_mb,
+            disk_mb: self.disk_mb,
+        }
     }
 }
 
@@ -86,19 +89,28 @@ impl Qemu {
     pub fn find(accelerator: Accelerator, cgroup: MemoryCgroup, vm_ids: Option<VmIds>) -> Result<Self> {
         let binary = PathBuf::from("qemu-system-x86_64");
         let program = "qemu-system-x86_64";
-        let output = Command::new(&binary).arg("--version").output().map_err(|error| HostError::Program {
-            program,
-            detail: format!("cannot run it ({error}); install the package qemu-system-x86"),
-        })?;
+        let output = Command::new(&binary)
+            .arg("--version")
+            .output()
+            .map_err(|error| HostError::Program {
+                program,
+                detail: format!("cannot run it ({error}); install the package qemu-system-x86"),
+            })?;
         let text = String::from_utf8_lossy(&output.stdout);
         let version = parse_version(&text).ok_or_else(|| HostError::Program {
             program,
-            detail: format!("it does not tell its version: {}", text.lines().next().unwrap_or("no output")),
+            detail: format!(
+                "it does not tell its version: {}",
+                text.lines().next().unwrap_or("no output")
+            ),
         })?;
         if version < (7, 2, 0) {
             return Err(HostError::Program {
                 program,
-                detail: format!("version {}.{}.{} is too old; 7.2 or newer is needed", version.0, version.1, version.2),
+                detail: format!(
+                    "version {}.{}.{} is too old; 7.2 or newer is needed",
+                    version.0, version.1, version.2
+                ),
             });
         }
         let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
@@ -106,7 +118,14 @@ impl Qemu {
             .lines()
             .find_map(|line| line.strip_prefix("model name")?.split_once(':'))
             .map_or_else(|| "unknown".to_owned(), |(_, name)| name.trim().to_owned());
-        Ok(Self { binary, version, accelerator, host_cpu, cgroup, vm_ids })
+        Ok(Self {
+            binary,
+            version,
+            accelerator,
+            host_cpu,
+            cgroup,
+            vm_ids,
+        })
     }
 
     /// What memory images made here depend on.
@@ -134,12 +153,37 @@ impl Qemu {
     fn command(&self, spec: &LaunchSpec<'_>) -> Command {
         let booting = spec.boot.is_some();
         let platform = self.platform();
-        let mut command = Command::new("prlimit");
-        command.args(self.cgroup.resource_limits(spec.limits())).arg(&self.binary);
+        // Each of these sets something on itself and becomes the program behind it.
+        let mut command = match self.vm_ids {
+            Some(ids) => {
+                let mut command = Command::new("setpriv");
+                command
+                    .arg(format!("--reuid={}", ids.first_uid + spec.slot))
+                    .arg(format!("--regid={}", ids.gid))
+                    .arg("--no-new-privs");
+                match self.accelerator {
+                    // The device belongs to a group of its own on most systems.
+                    Accelerator::Kvm => command.arg(format!("--groups={}", kvm_group())),
+                    Accelerator::Tcg => command.arg("--clear-groups"),
+                };
+                command.arg("prlimit");
+                command
+            }
+            None => Command::new("prlimit"),
+        };
+        command
+            .args(self.cgroup.resource_limits(spec.limits()))
+            .arg(&self.binary);
         let mut arg = |flag: &str, value: String| {
             command.arg(flag).arg(value);
         };
-        arg("-machine", format!("{},acpi=off,memory-backend=ram0,suppress-vmdesc=on", platform.machine));
+        arg(
+            "-machine",
+            format!(
+                "{},acpi=off,memory-backend=ram0,suppress-vmdesc=on",
+                platform.machine
+            ),
+        );
         match self.accelerator {
             // The translation cache is the largest part of an idle VM's private memory.
             Accelerator::Tcg => {
@@ -169,7 +213,10 @@ impl Qemu {
         arg("-bios", "qboot.rom".to_owned());
         arg("-display", "none".to_owned());
         // A chatty guest writes into a socket that the agent reads, never into a file that grows.
-        arg("-chardev", format!("socket,id=con0,path={},server=on,wait=off", VmDir::CONSOLE));
+        arg(
+            "-chardev",
+            format!("socket,id=con0,path={},server=on,wait=off", VmDir::CONSOLE),
+        );
         arg("-serial", "chardev:con0".to_owned());
         arg(
             "-blockdev",
@@ -180,9 +227,21 @@ impl Qemu {
             ),
         );
         // A full host disk must reach the guest as an error; the default would stop the VM behind everybody's back.
-        arg("-device", "virtio-blk-pci,drive=disk0,romfile=,werror=report,rerror=report".to_owned());
-        arg("-netdev", format!("stream,id=net0,server=on,addr.type=unix,addr.path={}", VmDir::NET));
-        arg("-device", format!("virtio-net-pci,netdev=net0,mac={},romfile=", net::GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":")));
+        arg(
+            "-device",
+            "virtio-blk-pci,drive=disk0,romfile=,werror=report,rerror=report".to_owned(),
+        );
+        arg(
+            "-netdev",
+            format!("stream,id=net0,server=on,addr.type=unix,addr.path={}", VmDir::NET),
+        );
+        arg(
+            "-device",
+            format!(
+                "virtio-net-pci,netdev=net0,mac={},romfile=",
+                net::GUEST_MAC.map(|byte| format!("{byte:02x}")).join(":")
+            ),
+        );
         arg("-qmp", format!("unix:{},server=on,wait=off", VmDir::QMP));
         arg("-global", "migration.send-configuration=off".to_owned());
         arg(
@@ -202,10 +261,6 @@ impl Qemu {
         }
         command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
         command.current_dir(spec.dir.path());
-        if let Some(ids) = self.vm_ids {
-            use std::os::unix::process::CommandExt as _;
-            command.uid(ids.first_uid + spec.slot).gid(ids.gid);
-        }
         command
     }
 
@@ -223,12 +278,22 @@ impl Qemu {
         command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
         let process = VmmProcess::spawn(&mut command)?;
         let mut launched = Launched {
-            vm: Vm { process, qmp: None, cgroup: self.cgroup.clone(), name: spec.name.to_owned() },
+            vm: Vm {
+                process,
+                qmp: None,
+                cgroup: self.cgroup.clone(),
+                name: spec.name.to_owned(),
+            },
             memory_bytes: u64::from(spec.shape.memory_mb) << 20,
         };
-        let outcome = match self.cgroup.confine(spec.name, launched.vm.process.pid(), spec.limits()) {
+        let outcome = match self
+            .cgroup
+            .confine(spec.name, launched.vm.process.pid(), spec.limits())
+        {
             Ok(()) => launched.greet(spec.dir).await,
-            Err(error) => Err(HostError::Vmm(format!("cannot limit the memory of the VM's process: {error}"))),
+            Err(error) => Err(HostError::Vmm(format!(
+                "cannot limit the memory of the VM's process: {error}"
+            ))),
         };
         match outcome {
             Ok(()) => Ok(launched),
@@ -246,7 +311,12 @@ impl Qemu {
     /// Takes over a VM that an earlier agent started.
     pub(crate) async fn adopt(&self, name: &str, id: super::process::ProcessId, dir: &VmDir) -> Option<Vm> {
         let process = VmmProcess::adopt(id)?;
-        let mut vm = Vm { process, qmp: None, cgroup: self.cgroup.clone(), name: name.to_owned() };
+        let mut vm = Vm {
+            process,
+            qmp: None,
+            cgroup: self.cgroup.clone(),
+            name: name.to_owned(),
+        };
         match connect_control(&mut vm.process, dir).await {
             Ok(qmp) => {
                 vm.qmp = Some(qmp);
@@ -276,7 +346,8 @@ impl Launched {
 
     /// The process's private view of the memory image it was started with.
     pub(crate) fn memory(&self, image: &Path) -> Result<MappedMemory> {
-        MappedMemory::of_process(self.vm.process.pid(), image, self.memory_bytes).at("find the memory mapping of", image)
+        MappedMemory::of_process(self.vm.process.pid(), image, self.memory_bytes)
+            .at("find the memory mapping of", image)
     }
 
     /// For a VM that boots: it runs already.
@@ -312,7 +383,9 @@ pub(crate) struct Vm {
 
 impl Vm {
     fn qmp(&mut self) -> Result<&mut Qmp> {
-        self.qmp.as_mut().ok_or_else(|| HostError::Vmm("its control socket is gone".to_owned()))
+        self.qmp
+            .as_mut()
+            .ok_or_else(|| HostError::Vmm("its control socket is gone".to_owned()))
     }
 
     /// Name of its memory group.
@@ -329,7 +402,10 @@ impl Vm {
         // to the template's folder for it.
         let bytes = std::fs::read(state).at("read", state)?;
         self.qmp()?
-            .execute("migrate-incoming", json!({ "uri": format!("unix:{}", VmDir::INCOMING) }))
+            .execute(
+                "migrate-incoming",
+                json!({ "uri": format!("unix:{}", VmDir::INCOMING) }),
+            )
             .await?;
         let mut stream = connect_in(dir, VmDir::INCOMING)
             .await
@@ -346,7 +422,9 @@ impl Vm {
                 }
                 "paused" | "prelaunch" => break,
                 other => {
-                    return Err(HostError::Vmm(format!("loading the device state ended in status '{other}'")));
+                    return Err(HostError::Vmm(format!(
+                        "loading the device state ended in status '{other}'"
+                    )));
                 }
             }
         }
@@ -357,7 +435,11 @@ impl Vm {
 
     async fn status(&mut self) -> Result<String> {
         let answer = self.qmp()?.execute("query-status", json!({})).await?;
-        Ok(answer.get("status").and_then(|status| status.as_str()).unwrap_or_default().to_owned())
+        Ok(answer
+            .get("status")
+            .and_then(|status| status.as_str())
+            .unwrap_or_default()
+            .to_owned())
     }
 
     /// Lets the guest run.
@@ -378,14 +460,20 @@ impl Vm {
     /// Writes the device state of a stopped guest into its own directory under `file`.
     pub(crate) async fn save_state(&mut self, file: &str) -> Result<()> {
         self.qmp()?
-            .execute("xen-save-devices-state", json!({ "filename": file, "live": true }))
+            .execute(
+                "xen-save-devices-state",
+                json!({ "filename": file, "live": true }),
+            )
             .await
             .map(drop)
     }
 
     /// Grows the guest's disk; the guest learns of it at once.
     pub(crate) async fn resize_disk(&mut self, bytes: u64) -> Result<()> {
-        self.qmp()?.execute("block_resize", json!({ "node-name": "disk0", "size": bytes })).await.map(drop)
+        self.qmp()?
+            .execute("block_resize", json!({ "node-name": "disk0", "size": bytes }))
+            .await
+            .map(drop)
     }
 
     /// The process's view of the image it was started with.
@@ -415,7 +503,11 @@ impl Vm {
 pub(crate) async fn connect_in(dir: &VmDir, socket: &str) -> std::io::Result<UnixStream> {
     use std::os::fd::AsRawFd as _;
     // A socket address holds 108 bytes; the descriptor's name under /proc is short.
-    let directory = rustix::fs::open(dir.path(), OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let directory = rustix::fs::open(
+        dir.path(),
+        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        Mode::empty(),
+    )?;
     UnixStream::connect(format!("/proc/self/fd/{}/{socket}", directory.as_raw_fd())).await
 }
 
@@ -425,7 +517,9 @@ async fn connect_control(process: &mut VmmProcess, dir: &VmDir) -> Result<Qmp> {
         match connect_in(dir, VmDir::QMP).await {
             Ok(stream) => break stream,
             Err(error) if Instant::now() > deadline => {
-                return Err(HostError::Vmm(format!("QEMU's control socket does not appear: {error}")));
+                return Err(HostError::Vmm(format!(
+                    "QEMU's control socket does not appear: {error}"
+                )));
             }
             Err(_) => {}
         }
@@ -451,6 +545,11 @@ fn hand_over(dir: &VmDir, uid: u32, gid: u32) -> Result<()> {
     Ok(())
 }
 
+fn kvm_group() -> u32 {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata("/dev/kvm").map_or(0, |meta| meta.gid())
+}
+
 /// A comma ends an option's value unless doubled.
 fn escape(value: &str) -> String {
     value.replace(',', ",,")
@@ -459,7 +558,11 @@ fn escape(value: &str) -> String {
 fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
     let version = text.split_once("version ")?.1;
     let mut numbers = version.split(|c: char| !c.is_ascii_digit()).map(str::parse);
-    Some((numbers.next()?.ok()?, numbers.next()?.ok()?, numbers.next()?.unwrap_or(0)))
+    Some((
+        numbers.next()?.ok()?,
+        numbers.next()?.ok()?,
+        numbers.next()?.unwrap_or(0),
+    ))
 }
 
 /// The last `limit` bytes, from a character's start on.
@@ -477,8 +580,14 @@ mod tests {
 
     #[test]
     fn versions_are_read() {
-        assert_eq!(parse_version("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)"), Some((10, 0, 2)));
-        assert_eq!(parse_version("QEMU emulator version 7.2.22 (Debian)"), Some((7, 2, 22)));
+        assert_eq!(
+            parse_version("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)"),
+            Some((10, 0, 2))
+        );
+        assert_eq!(
+            parse_version("QEMU emulator version 7.2.22 (Debian)"),
+            Some((7, 2, 22))
+        );
         assert_eq!(parse_version("nonsense"), None);
     }
 

@@ -37,7 +37,10 @@ impl Qmp {
     /// Takes a fresh connection through the greeting.
     pub(crate) async fn handshake(stream: UnixStream) -> Result<Self> {
         let (reader, writer) = stream.into_split();
-        let mut qmp = Self { reader: BufReader::new(reader), writer };
+        let mut qmp = Self {
+            reader: BufReader::new(reader),
+            writer,
+        };
         // QEMU's main loop greets once it runs, which is after all devices are made.
         tokio::time::timeout(Duration::from_secs(30), qmp.read_line())
             .await
@@ -48,20 +51,26 @@ impl Qmp {
 
     /// Runs a command; 30 s without an answer is an error.
     pub(crate) async fn execute(&mut self, command: &str, arguments: Value) -> Result<Value> {
-        self.execute_within(command, arguments, Duration::from_secs(30)).await
+        self.execute_within(command, arguments, Duration::from_secs(30))
+            .await
     }
 
     async fn execute_within(&mut self, command: &str, arguments: Value, limit: Duration) -> Result<Value> {
         let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
         line.push('\n');
         let answer = async {
-            self.writer.write_all(line.as_bytes()).await.map_err(|error| lost(&error))?;
+            self.writer
+                .write_all(line.as_bytes())
+                .await
+                .map_err(|error| lost(&error))?;
             loop {
                 let message: Message = serde_json::from_slice(&self.read_line().await?)
                     .map_err(|error| HostError::Vmm(format!("QEMU sent what is not QMP: {error}")))?;
                 match message {
                     Message { ok: Some(value), .. } => return Ok(value),
-                    Message { error: Some(error), .. } => {
+                    Message {
+                        error: Some(error), ..
+                    } => {
                         return Err(HostError::Vmm(format!("QEMU refused {command}: {}", error.desc)));
                     }
                     // An event; the driver learns what it must know by asking.
@@ -69,14 +78,21 @@ impl Qmp {
                 }
             }
         };
-        tokio::time::timeout(limit, answer)
-            .await
-            .map_err(|_| HostError::Vmm(format!("QEMU did not answer {command} within {} s", limit.as_secs())))?
+        tokio::time::timeout(limit, answer).await.map_err(|_| {
+            HostError::Vmm(format!(
+                "QEMU did not answer {command} within {} s",
+                limit.as_secs()
+            ))
+        })?
     }
 
     async fn read_line(&mut self) -> Result<Vec<u8>> {
         let mut line = Vec::new();
-        (&mut self.reader).take(MAX_LINE).read_until(b'\n', &mut line).await.map_err(|error| lost(&error))?;
+        (&mut self.reader)
+            .take(MAX_LINE)
+            .read_until(b'\n', &mut line)
+            .await
+            .map_err(|error| lost(&error))?;
         if line.last() != Some(&b'\n') {
             return Err(HostError::Vmm("QEMU closed its control socket".to_owned()));
         }

@@ -10,11 +10,12 @@ use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 use wrenn_control::{Bootstrap, ControlConfig, ControlPlane};
-use wrenn_host::vmm::{Accelerator, VmIds};
+use wrenn_host::vmm::{Accelerator, VmIds, probe_cached};
 use wrenn_host::{BuildState, HostAgent, HostConfig};
 
 use super::config::ExitChoice;
 use super::config::{AcceleratorChoice, DirArgs, HostArgs};
+use super::doctor::{self, DoctorInput};
 use super::{ControlPlaneArgs, HostAgentArgs, UpArgs};
 
 /// User and group ids of VM processes under a root agent: far from those of people and packages.
@@ -28,6 +29,12 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
     let started = Instant::now();
     let data_dir = args.dirs.data_dir();
     prepare(&data_dir)?;
+    let input = DoctorInput::starting(&args);
+    let diagnosis = tokio::task::spawn_blocking(move || doctor::run(&input)).await?;
+    if !diagnosis.works() {
+        eprint!("{}", doctor::table(&diagnosis.checks, false));
+        bail!("this machine cannot run Wrenn yet: see the failed checks and their remedies above");
+    }
     let listeners = listen(args.control.listen).await?;
     let address = listeners[0].local_addr()?;
     let url = base_url(address);
@@ -54,7 +61,18 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
     let stop = CancellationToken::new();
     let stopped = stop.clone();
     let serving = tokio::spawn(control.run(listeners, async move { stopped.cancelled().await }));
-    let host_config = host_config(&args.dirs, &args.host, url.clone(), Some(token.token));
+    let accelerator = match args.host.accel {
+        AcceleratorChoice::Kvm => Accelerator::Kvm,
+        AcceleratorChoice::Tcg => Accelerator::Tcg,
+        AcceleratorChoice::Auto => diagnosis.accelerator,
+    };
+    let host_config = host_config(
+        &args.dirs,
+        &args.host,
+        accelerator,
+        url.clone(),
+        Some(token.token),
+    );
     let agent = match HostAgent::start(host_config).await {
         Ok(agent) => agent,
         Err(error) => {
@@ -140,7 +158,27 @@ pub(super) async fn control_plane(args: ControlPlaneArgs) -> anyhow::Result<()> 
 pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
     prepare(&args.dirs.data_dir())?;
     let mut signals = Signals::listen()?;
-    let config = host_config(&args.dirs, &args.host, args.control_plane, args.token);
+    let accelerator = match args.host.accel {
+        AcceleratorChoice::Kvm => Accelerator::Kvm,
+        AcceleratorChoice::Tcg => Accelerator::Tcg,
+        AcceleratorChoice::Auto => {
+            let (cache, program) = (args.dirs.cache_dir(), std::env::current_exe()?);
+            let report = tokio::task::spawn_blocking(move || probe_cached(&cache, &program)).await?;
+            tracing::info!(
+                accelerator = report.verdict.as_str(),
+                detail = report.detail,
+                "accelerator probed"
+            );
+            report.verdict
+        }
+    };
+    let config = host_config(
+        &args.dirs,
+        &args.host,
+        accelerator,
+        args.control_plane,
+        args.token,
+    );
     let agent = HostAgent::start(config)
         .await
         .context("cannot start the host agent")?;
@@ -154,11 +192,13 @@ pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
     }
 }
 
-fn host_config(dirs: &DirArgs, host: &HostArgs, control_plane: String, token: Option<String>) -> HostConfig {
-    let accelerator = match host.accel {
-        AcceleratorChoice::Kvm => Accelerator::Kvm,
-        AcceleratorChoice::Tcg | AcceleratorChoice::Auto => Accelerator::Tcg,
-    };
+fn host_config(
+    dirs: &DirArgs,
+    host: &HostArgs,
+    accelerator: Accelerator,
+    control_plane: String,
+    token: Option<String>,
+) -> HostConfig {
     HostConfig {
         data_dir: dirs.data_dir(),
         cache_dir: dirs.cache_dir(),
