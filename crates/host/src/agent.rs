@@ -12,7 +12,7 @@ use wrenn_proto::hostagent::HostAgentExt as _;
 use crate::error::{HostError, IoContext as _, Result};
 use crate::layout::Layout;
 use crate::manager::slots::Slots;
-use crate::manager::{Capacity, FaultHook, Manager};
+use crate::manager::{Capacity, FaultHook, Manager, Parts};
 use crate::net::EgressPolicy;
 use crate::register::Reporter;
 use crate::rpc::Service;
@@ -88,16 +88,16 @@ impl HostAgent {
             Arc::clone(&slots),
             config.guest_ca_bundle.clone(),
         ));
-        let (manager, events) = Manager::new(
+        let (manager, events) = Manager::new(Parts {
             layout,
             qemu,
             templates,
             slots,
-            config.egress.clone(),
-            config.capacity,
-            config.pool,
-            config.fault.clone(),
-        );
+            policy: config.egress.clone(),
+            capacity: config.capacity,
+            pool: config.pool,
+            fault: config.fault.clone(),
+        });
         manager.recover().await?;
 
         // The control plane calls back as soon as the host is registered, so the port comes first.

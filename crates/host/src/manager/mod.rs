@@ -238,6 +238,18 @@ pub(crate) struct CreateSpec {
     pub(crate) envs: BTreeMap<String, String>,
 }
 
+/// What a manager is made of.
+pub(crate) struct Parts {
+    pub(crate) layout: Layout,
+    pub(crate) qemu: Arc<Qemu>,
+    pub(crate) templates: Arc<TemplateStore>,
+    pub(crate) slots: Arc<Slots>,
+    pub(crate) policy: EgressPolicy,
+    pub(crate) capacity: Capacity,
+    pub(crate) pool: usize,
+    pub(crate) fault: Option<FaultHook>,
+}
+
 /// The sandboxes of this host. Cheap to clone.
 #[derive(Clone)]
 pub(crate) struct Manager {
@@ -245,16 +257,17 @@ pub(crate) struct Manager {
 }
 
 impl Manager {
-    pub(crate) fn new(
-        layout: Layout,
-        qemu: Arc<Qemu>,
-        templates: Arc<TemplateStore>,
-        slots: Arc<Slots>,
-        policy: EgressPolicy,
-        capacity: Capacity,
-        pool: usize,
-        fault: Option<FaultHook>,
-    ) -> (Self, mpsc::UnboundedReceiver<Event>) {
+    pub(crate) fn new(parts: Parts) -> (Self, mpsc::UnboundedReceiver<Event>) {
+        let Parts {
+            layout,
+            qemu,
+            templates,
+            slots,
+            policy,
+            capacity,
+            pool,
+            fault,
+        } = parts;
         let (events, receiver) = mpsc::unbounded_channel();
         let shared = Arc::new(Shared {
             layout,

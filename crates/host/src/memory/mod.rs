@@ -210,8 +210,18 @@ mod tests {
     use proptest::prelude::*;
     use std::process::Command;
 
+    /// Ends with the test, however that ends.
+    struct CloneProcess(std::process::Child);
+
+    impl Drop for CloneProcess {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
     /// A process that maps a file privately and changes some of its pages, as a clone's QEMU does.
-    fn clone_process(image: &Path, writes: &[(u64, u8)]) -> std::process::Child {
+    fn clone_process(image: &Path, writes: &[(u64, u8)]) -> CloneProcess {
         let writes: Vec<String> = writes
             .iter()
             .map(|(page, byte)| format!("({page},{byte})"))
@@ -235,7 +245,7 @@ mod tests {
         let mut line = String::new();
         std::io::BufRead::read_line(&mut BufReader::new(child.stdout.as_mut().unwrap()), &mut line).unwrap();
         assert_eq!(line, "ready\n");
-        child
+        CloneProcess(child)
     }
 
     proptest! {
@@ -248,9 +258,9 @@ mod tests {
             let image = dir.path().join("memory.img");
             // The template's own pages are not zero, so a page that became zero must be recorded as well.
             std::fs::write(&image, vec![7u8; 600 * PAGE]).unwrap();
-            let mut child = clone_process(&image, &writes);
+            let child = clone_process(&image, &writes);
             let diff = dir.path().join("diff");
-            let memory = MappedMemory::of_process(child.id(), &image, 600 * PAGE as u64).unwrap();
+            let memory = MappedMemory::of_process(child.0.id(), &image, 600 * PAGE as u64).unwrap();
             let saved = save(&memory, &diff).unwrap();
             let distinct: std::collections::BTreeSet<u64> = writes.iter().map(|w| w.0).collect();
             prop_assert_eq!(saved.pages, distinct.len() as u64);
@@ -263,19 +273,16 @@ mod tests {
             let flat = File::options().read(true).write(true).open(&image).unwrap();
             apply(&diff, FlatImage(&flat)).unwrap();
             prop_assert!(std::fs::read(&image).unwrap() == expected);
-            child.kill().unwrap();
-            child.wait().unwrap();
+            drop(child);
             // …and into the memory of another process.
             std::fs::write(&image, vec![7u8; 600 * PAGE]).unwrap();
-            let mut other = clone_process(&image, &[]);
-            let memory = MappedMemory::of_process(other.id(), &image, 600 * PAGE as u64).unwrap();
+            let other = clone_process(&image, &[]);
+            let memory = MappedMemory::of_process(other.0.id(), &image, 600 * PAGE as u64).unwrap();
             apply(&diff, &memory).unwrap();
             let mut seen = vec![0u8; 600 * PAGE];
             memory.read_pages(0, &mut seen).unwrap();
             prop_assert!(seen == expected);
             prop_assert!(std::fs::read(&image).unwrap() == vec![7u8; 600 * PAGE], "the template was written to");
-            other.kill().unwrap();
-            other.wait().unwrap();
         }
 
         #[test]

@@ -12,7 +12,8 @@ use tokio::sync::mpsc;
 use wrenn_proto::rest::{ClientFrame, ErrorBody, ServerFrame};
 
 use super::{
-    Gone, Received, Sink, TextDecoder, bounded, close, error_frame, fail, first, identify, receive, send,
+    Gone, Received, Sink, TextDecoder, bounded, close, error_frame, fail, first, identify, linger, receive,
+    send,
 };
 use crate::api::error::{ApiError, ApiResult};
 use crate::api::extract::{Segments, SocketCaller};
@@ -159,6 +160,7 @@ async fn follow(
         // The client is gone; answering its close is all that is left.
         Some(Ok(()) | Err(None)) | None => close(sink).await,
     }
+    linger(stream).await;
 }
 
 /// A piece of standard input; `None` is its end.

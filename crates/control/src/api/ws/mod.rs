@@ -29,6 +29,8 @@ const MAX_FRAME: usize = 1 << 20;
 const FIRST_FRAME: Duration = Duration::from_secs(30);
 /// How long a client may take to let a frame in before the connection is given up at its end.
 const LAST_FRAMES: Duration = Duration::from_secs(10);
+/// How long a client has to answer a close.
+const LINGER: Duration = Duration::from_secs(2);
 
 /// The connection is gone; nobody is left to be told.
 #[derive(Debug)]
@@ -73,6 +75,12 @@ pub(super) async fn close(sink: &mut Sink) {
         let _ = sink.close().await;
     })
     .await;
+}
+
+/// Reads on for a moment after a close: input still on its way to a closed socket makes the kernel reset the
+/// connection, and the client would lose the frames it has not read yet, the exit code among them.
+pub(super) async fn linger(stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin)) {
+    let _ = tokio::time::timeout(LINGER, async { while let Some(Ok(_)) = stream.next().await {} }).await;
 }
 
 /// What a client sent.
