@@ -141,7 +141,8 @@ impl Qemu {
                 Accelerator::Kvm => format!("host: {}", self.host_cpu),
             },
             // A fixed version of the machine, which later releases keep: paused sandboxes survive an upgrade of QEMU.
-            machine: "pc-i440fx-7.2".to_owned(),
+            // ACPI and HPET: without them a guest finds one processor, and may find no timer to calibrate its clock by.
+            machine: "pc-i440fx-7.2,acpi=on,hpet=on".to_owned(),
         }
     }
 
@@ -180,7 +181,7 @@ impl Qemu {
         arg(
             "-machine",
             format!(
-                "{},acpi=off,memory-backend=ram0,suppress-vmdesc=on",
+                "{},memory-backend=ram0,suppress-vmdesc=on",
                 platform.machine
             ),
         );
