@@ -8,7 +8,7 @@ use wrenn_proto::rest::{
 use super::Services;
 use crate::auth;
 use crate::domain::lifecycle::{HostState, Source, Verdict, apply_report};
-use crate::domain::{Failure, Host, Millis, SandboxId, TemplateId, now};
+use crate::domain::{Failure, Host, HostId, Millis, SandboxId, TemplateId, now};
 use crate::hosts::rpc;
 use crate::store::{Change, HostRegistration, Outcome};
 use crate::{Error, ErrorCode, Result};
@@ -164,11 +164,23 @@ impl Services {
                 self.store.host_moved(host.id, &address).await?;
                 tracing::info!(host = %host.id, address, "a host's agent has a new address");
                 self.poke();
+                self.take_up_unfinished_on(host.id).await?;
             }
         }
         if back {
             tracing::info!(host = %host.id, "a host is back");
             self.poke();
+            self.take_up_unfinished_on(host.id).await?;
+        }
+        Ok(())
+    }
+
+    /// What could not be asked of a host while it was away is asked now, rather than when the monitor finds it old.
+    async fn take_up_unfinished_on(&self, host: HostId) -> Result<()> {
+        for sandbox in self.store.sandboxes_in_transit(now()).await? {
+            if sandbox.host == Some(host) {
+                self.drive(sandbox.id);
+            }
         }
         Ok(())
     }
