@@ -563,6 +563,7 @@ impl Manager {
         }
         self.shared.tasks.close();
         self.shared.tasks.wait().await;
+        self.end_work();
     }
 }
 

@@ -73,21 +73,7 @@ impl Manager {
             }
             shared.sandboxes().insert(id, Entry::Live(handle));
         }
-        // After the processes that may have worked there.
-        for folder in [shared.layout.tmp(), shared.layout.pool()] {
-            for entry in std::fs::read_dir(&folder).at("list", &folder)?.flatten() {
-                let path = entry.path();
-                let removed = if path.is_dir() {
-                    std::fs::remove_dir_all(&path)
-                } else {
-                    std::fs::remove_file(&path)
-                };
-                if let Err(error) = removed {
-                    tracing::warn!(path = %path.display(), %error, "cannot remove unfinished work of an earlier run");
-                }
-            }
-        }
-        shared.qemu.cgroup.sweep();
+        self.clear_work()?;
         shared.collect_images();
         if counts != (0, 0, 0) {
             tracing::info!(
@@ -97,6 +83,36 @@ impl Manager {
                 "found the sandboxes of an earlier run"
             );
         }
+        Ok(())
+    }
+
+    /// Removes what was cut off in the middle: files of template builds and of the pool. Call when no task is left.
+    pub(super) fn end_work(&self) {
+        if let Err(error) = self.clear_work() {
+            tracing::warn!(
+                error = &error as &dyn std::error::Error,
+                "unfinished work is left to the next start"
+            );
+        }
+    }
+
+    /// Removes files of unfinished work, after the processes that worked there.
+    fn clear_work(&self) -> Result<()> {
+        let shared = &self.shared;
+        for folder in [shared.layout.tmp(), shared.layout.pool()] {
+            for entry in std::fs::read_dir(&folder).at("list", &folder)?.flatten() {
+                let path = entry.path();
+                let removed = if path.is_dir() {
+                    std::fs::remove_dir_all(&path)
+                } else {
+                    std::fs::remove_file(&path)
+                };
+                if let Err(error) = removed {
+                    tracing::warn!(path = %path.display(), %error, "cannot remove unfinished work");
+                }
+            }
+        }
+        shared.qemu.cgroup.sweep();
         Ok(())
     }
 
@@ -148,8 +164,10 @@ async fn end_strays(data: &Path, keep: &HashSet<ProcessId>) {
         let ours = ["sandboxes", "pool", "tmp"]
             .iter()
             .any(|folder| cwd.starts_with(data.join(folder)));
-        let is_vmm = std::fs::read_to_string(entry.path().join("comm"))
-            .is_ok_and(|comm| comm.starts_with("qemu-system"));
+        // Or on the way to become one: the programs that set limits and drop privileges before QEMU starts.
+        let is_vmm = std::fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| {
+            comm.starts_with("qemu-system") || matches!(comm.trim_end(), "prlimit" | "setpriv")
+        });
         if !ours || !is_vmm || keep.iter().any(|process| process.pid == pid) {
             continue;
         }

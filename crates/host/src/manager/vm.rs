@@ -156,11 +156,12 @@ async fn make_sandbox(
         ..
     } = restored;
     let grow = record.disk_mb > image.manifest.disk_mb;
-    if grow {
-        vm.resize_disk(u64::from(record.disk_mb) << 20).await?;
-    }
     shared.step(Step::Run)?;
     vm.cont().await?;
+    if grow {
+        // Not before it runs: until then QEMU takes the disk for another process's.
+        vm.resize_disk(u64::from(record.disk_mb) << 20).await?;
+    }
     shared.step(Step::Greet)?;
     // The restored agent still believes in the token with which it was frozen.
     let frozen = GuestClient::new(net, &image.manifest.token);
@@ -189,6 +190,7 @@ async fn make_sandbox(
     shared.step(Step::Finish)?;
     record.phase = running_phase(vm, slot);
     record.write(dir)?;
+    vm.outlive_agent();
     Ok(GuestClient::new(net, &record.token))
 }
 
@@ -406,7 +408,10 @@ pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
     // From the next instruction on the saved memory no longer fits the disk.
     record.phase = running_phase(&vm, &slot);
     let outcome = match record.write(dir) {
-        Ok(()) => vm.cont().await,
+        Ok(()) => {
+            vm.outlive_agent();
+            vm.cont().await
+        }
         Err(error) => Err(error),
     };
     if let Err(error) = outcome {

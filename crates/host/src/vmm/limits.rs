@@ -109,7 +109,10 @@ impl MemoryCgroup {
     pub(crate) fn remove(&self, name: &str) {
         if let Some(group) = self.group(name)
             && let Err(error) = std::fs::remove_dir(&group)
-            && error.kind() != io::ErrorKind::NotFound
+            && !matches!(
+                error.kind(),
+                io::ErrorKind::NotFound | io::ErrorKind::ResourceBusy
+            )
         {
             tracing::warn!(group = %group.display(), %error, "cannot remove a VM's memory group");
         }

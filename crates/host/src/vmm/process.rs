@@ -45,6 +45,8 @@ pub(crate) struct VmmProcess {
     pidfd: AsyncFd<OwnedFd>,
     /// Present when this agent started it and so must reap it.
     child: Option<Child>,
+    /// Whether it goes on when nobody holds it any more.
+    outlives: bool,
 }
 
 impl VmmProcess {
@@ -90,7 +92,12 @@ impl VmmProcess {
         )]
         let pidfd = AsyncFd::with_interest(pidfd, tokio::io::Interest::READABLE)
             .map_err(|error| fail(error.to_string()))?;
-        Ok(Self { id, pidfd, child })
+        Ok(Self {
+            id,
+            pidfd,
+            outlives: child.is_none(),
+            child,
+        })
     }
 
     pub(crate) fn id(&self) -> ProcessId {
@@ -118,6 +125,11 @@ impl VmmProcess {
         }
     }
 
+    /// From now on it goes on when this is dropped, for the next agent to find.
+    pub(crate) fn outlive_agent(&mut self) {
+        self.outlives = true;
+    }
+
     /// Kills it and waits for its end.
     pub(crate) async fn kill(&mut self) {
         let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
@@ -126,6 +138,20 @@ impl VmmProcess {
             .is_err()
         {
             tracing::error!(pid = self.id.pid, "a killed VMM process did not end within 20 s");
+        }
+    }
+}
+
+impl Drop for VmmProcess {
+    /// Work that is cancelled half-way must not leave a process behind that nobody knows.
+    fn drop(&mut self) {
+        if self.outlives {
+            return;
+        }
+        let _ = pidfd_send_signal(self.pidfd.get_ref(), Signal::KILL);
+        if let Some(child) = self.child.as_mut() {
+            // A killed process takes a moment, not longer.
+            let _ = child.wait();
         }
     }
 }

@@ -180,10 +180,7 @@ impl Qemu {
         };
         arg(
             "-machine",
-            format!(
-                "{},memory-backend=ram0,suppress-vmdesc=on",
-                platform.machine
-            ),
+            format!("{},memory-backend=ram0,suppress-vmdesc=on", platform.machine),
         );
         match self.accelerator {
             // The translation cache is the largest part of an idle VM's private memory.
@@ -282,8 +279,10 @@ impl Qemu {
             vm: Vm {
                 process,
                 qmp: None,
-                cgroup: self.cgroup.clone(),
-                name: spec.name.to_owned(),
+                group: Group {
+                    cgroup: self.cgroup.clone(),
+                    name: spec.name.to_owned(),
+                },
             },
             memory_bytes: u64::from(spec.shape.memory_mb) << 20,
         };
@@ -315,8 +314,10 @@ impl Qemu {
         let mut vm = Vm {
             process,
             qmp: None,
-            cgroup: self.cgroup.clone(),
-            name: name.to_owned(),
+            group: Group {
+                cgroup: self.cgroup.clone(),
+                name: name.to_owned(),
+            },
         };
         match connect_control(&mut vm.process, dir).await {
             Ok(qmp) => {
@@ -378,8 +379,21 @@ impl Launched {
 pub(crate) struct Vm {
     process: VmmProcess,
     qmp: Option<Qmp>,
+    group: Group,
+}
+
+/// A VM's memory group; removed with the VM. A field after the process, since it can be removed only after that.
+#[derive(Debug)]
+struct Group {
     cgroup: MemoryCgroup,
     name: String,
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        // Refused, and rightly so, while a process that outlives the agent is in it.
+        self.cgroup.remove(&self.name);
+    }
 }
 
 impl Vm {
@@ -391,7 +405,12 @@ impl Vm {
 
     /// Name of its memory group.
     pub(crate) fn name(&self) -> &str {
-        &self.name
+        &self.group.name
+    }
+
+    /// From now on it is in the journal, and goes on when the agent ends.
+    pub(crate) fn outlive_agent(&mut self) {
+        self.process.outlive_agent();
     }
 
     pub(crate) fn process_id(&self) -> super::process::ProcessId {
@@ -490,13 +509,13 @@ impl Vm {
 
     /// Removes the memory group of a process that has ended by itself.
     pub(crate) fn forget_cgroup(&self) {
-        self.cgroup.remove(&self.name);
+        self.group.cgroup.remove(&self.group.name);
     }
 
     /// Ends the process and removes its memory group; the disk is left as the guest left it.
     pub(crate) async fn kill(&mut self) {
         self.process.kill().await;
-        self.cgroup.remove(&self.name);
+        self.forget_cgroup();
     }
 }
 
