@@ -46,7 +46,8 @@ check: ## Formatting, lints, licences and sources of dependencies, documentation
 
 bench: ## Measure speed and memory against floors taken in the same run
 	@scripts/setup.sh --for bench
-	$(CARGO) bench --locked $(ARGS)
+	$(CARGO) build --release --locked -p wrenn
+	@exec "$(CARGO_TARGET_DIR)/release/wrenn" bench --json-out "$(CARGO_TARGET_DIR)/bench-results.json" $(ARGS)
 
 clean: ## Remove what was built; sandboxes and caches outside the checkout stay
 	$(CARGO) clean

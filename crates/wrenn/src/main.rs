@@ -8,6 +8,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser, Subcommand};
 
+mod bench;
 mod cli;
 mod server;
 
@@ -28,6 +29,9 @@ enum Command {
 
     #[command(flatten)]
     Server(server::ServerCommand),
+    /// Measure what the platform costs on this machine, beside what it costs at least (see `make bench`)
+    #[command(hide = true)]
+    Bench(bench::BenchArgs),
     /// Print a completion script for a shell, for example `wrenn completions bash`.
     Completions {
         /// The shell.
@@ -47,6 +51,7 @@ fn main() -> ExitCode {
     match command {
         Command::User(command) => cli::main(global, command),
         Command::Server(command) => server::main(command, global.json),
+        Command::Bench(args) => bench::main(&args, global.json),
         Command::Completions { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "wrenn", &mut script);
