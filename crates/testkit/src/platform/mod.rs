@@ -228,7 +228,11 @@ impl Platform {
         })
         .await;
         let status = platform.terminate().await;
-        assert!(status.success(), "the platform ended with {status}:\n{}", platform.log_tail());
+        assert!(
+            status.success(),
+            "the platform ended with {status}:\n{}",
+            platform.log_tail()
+        );
         platform.assert_nothing_left().await;
     }
 
