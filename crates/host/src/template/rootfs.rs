@@ -150,9 +150,9 @@ async fn build_in(work: &Path, recipe: &Recipe, cached: &Path, progress: &Progre
     let mut command = if root {
         Command::new("sh")
     } else {
-        // The same mapped users as above, so that files keep their owners.
-        let mut command = Command::new("mmdebstrap");
-        command.args(["--unshare-helper", "sh"]);
+        // Mapped users, so that files keep their owners; this user is root among them, so that the work folder is in reach.
+        let mut command = Command::new("unshare");
+        command.args(["--user", "--map-auto", "--map-root-user", "sh"]);
         command
     };
     command

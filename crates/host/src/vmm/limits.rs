@@ -76,20 +76,24 @@ impl MemoryCgroup {
     /// Puts process `pid` under `limits` in a group called `name`.
     pub(crate) fn confine(&self, name: &str, pid: u32, limits: Limits) -> io::Result<()> {
         let memory = memory_bytes(limits);
-        if let Some(group) = self.group(name) {
-            match std::fs::create_dir(&group) {
-                Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return Err(error),
-                _ => {}
+        let Some(group) = self.group(name) else {
+            return Ok(());
+        };
+        let file = match self {
+            Self::V2(_) => "memory.max",
+            Self::V1(_) | Self::Unavailable => "memory.limit_in_bytes",
+        };
+        // Another agent of this machine may sweep the group away while it is empty: then it is made again.
+        let mut attempts = 0;
+        loop {
+            let entered = make_dir(&group)
+                .and_then(|()| std::fs::write(group.join(file), memory.to_string()))
+                .and_then(|()| std::fs::write(group.join("cgroup.procs"), pid.to_string()));
+            match entered {
+                Err(error) if error.kind() == io::ErrorKind::NotFound && attempts < 5 => attempts += 1,
+                outcome => return outcome,
             }
-            let file = if matches!(self, Self::V2(_)) {
-                "memory.max"
-            } else {
-                "memory.limit_in_bytes"
-            };
-            std::fs::write(group.join(file), memory.to_string())?;
-            std::fs::write(group.join("cgroup.procs"), pid.to_string())?;
         }
-        Ok(())
     }
 
     /// Removes the groups that no process is in, which is what killed agents leave.
@@ -116,6 +120,13 @@ impl MemoryCgroup {
         {
             tracing::warn!(group = %group.display(), %error, "cannot remove a VM's memory group");
         }
+    }
+}
+
+fn make_dir(path: &std::path::Path) -> io::Result<()> {
+    match std::fs::create_dir(path) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
     }
 }
 

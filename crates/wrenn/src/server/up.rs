@@ -81,8 +81,9 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
             return Err(error).context("cannot start the host agent");
         }
     };
-    if let Some(first) = &first {
-        write_local_env(&data_dir, &url, first)?;
+    match &first {
+        Some(first) => write_local_env(&data_dir, &url, &first.api_key)?,
+        None => renew_local_env(&data_dir, &url)?,
     }
     announce(&url, &data_dir, first.as_ref(), started.elapsed());
     let ready = tokio::spawn(show_build(agent.template_progress()));
@@ -139,7 +140,7 @@ pub(super) async fn control_plane(args: ControlPlaneArgs) -> anyhow::Result<()> 
     let listeners = listen(args.control.listen).await?;
     let url = base_url(listeners[0].local_addr()?);
     if let Some(first) = &first {
-        write_local_env(&data_dir, &url, first)?;
+        write_local_env(&data_dir, &url, &first.api_key)?;
         eprintln!(
             "First API key, shown this once (also in {}): {}",
             data_dir.join("local.env").display(),
@@ -273,7 +274,7 @@ fn base_url(address: SocketAddr) -> String {
 }
 
 /// Keeps the first key where the command line and scripts on this machine find it.
-fn write_local_env(data_dir: &Path, url: &str, first: &Bootstrap) -> anyhow::Result<()> {
+fn write_local_env(data_dir: &Path, url: &str, api_key: &str) -> anyhow::Result<()> {
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt as _;
     let path = data_dir.join("local.env");
@@ -284,8 +285,19 @@ fn write_local_env(data_dir: &Path, url: &str, first: &Bootstrap) -> anyhow::Res
         .mode(0o600)
         .open(&path)
         .with_context(|| format!("cannot write {}", path.display()))?;
-    writeln!(file, "WRENN_API_KEY={}\nWRENN_BASE_URL={url}", first.api_key)?;
+    writeln!(file, "WRENN_API_KEY={api_key}\nWRENN_BASE_URL={url}")?;
     Ok(())
+}
+
+/// The address may be another than at the first start; the key is the same.
+fn renew_local_env(data_dir: &Path, url: &str) -> anyhow::Result<()> {
+    let text = std::fs::read_to_string(data_dir.join("local.env")).unwrap_or_default();
+    match text.lines().find_map(|line| line.strip_prefix("WRENN_API_KEY=")) {
+        Some(key) if !text.contains(&format!("WRENN_BASE_URL={url}\n")) => {
+            write_local_env(data_dir, url, key)
+        }
+        _ => Ok(()),
+    }
 }
 
 fn announce(url: &str, data_dir: &Path, first: Option<&Bootstrap>, took: Duration) {
