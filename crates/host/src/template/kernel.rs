@@ -147,11 +147,20 @@ impl Kernel {
     }
 }
 
+/// Where programs that build templates are looked for: `PATH`, and the system's folders that an ordinary user's lacks.
+#[must_use]
+pub fn tool_path() -> std::ffi::OsString {
+    let mut path = std::env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/sbin:/sbin");
+    path
+}
+
 /// Runs a program to its end and returns its output; on failure its last words.
 pub(super) async fn run(program: &'static str, command: &mut Command) -> Result<String> {
     let output = command
         .stdin(Stdio::null())
         .env("LC_ALL", "C")
+        .env("PATH", tool_path())
         .kill_on_drop(true)
         .output()
         .await

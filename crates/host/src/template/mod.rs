@@ -16,7 +16,7 @@ mod kernel;
 mod rootfs;
 pub(crate) mod store;
 
-pub use kernel::Kernel;
+pub use kernel::{Kernel, tool_path};
 pub(crate) use store::{Image, TemplateStore};
 
 use std::sync::Arc;

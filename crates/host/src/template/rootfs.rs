@@ -173,6 +173,7 @@ async fn follow(command: &mut Command, progress: &Progress) -> Result<()> {
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .env("LC_ALL", "C")
+        .env("PATH", super::kernel::tool_path())
         .kill_on_drop(true)
         .spawn()
         .map_err(|error| HostError::Program {

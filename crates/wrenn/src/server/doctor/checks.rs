@@ -269,9 +269,9 @@ pub(super) fn authorities(guest_bundle: Option<&Path>) -> Vec<Check> {
 
 /// Programs that build what is not there yet.
 pub(super) fn tools(made: &Made) -> Vec<Check> {
-    let path = std::env::var_os("PATH");
+    let path = wrenn_host::tool_path();
     judge_tools(made, rustix::process::geteuid().is_root(), |name| {
-        find_program(name, path.as_deref())
+        find_program(name, Some(&path))
     })
 }
 
