@@ -24,6 +24,10 @@ use tokio::signal::unix::{SignalKind, signal};
 use floor::Recipe;
 use platform::{Place, Platform};
 use report::{Machine, Row, Series, Unit};
+use wrenn_client::Error;
+
+/// Until a started platform takes creates.
+const HOST_LIMIT: Duration = Duration::from_secs(30);
 
 /// `wrenn bench`.
 #[derive(Debug, Clone, Args)]
@@ -117,6 +121,10 @@ async fn run(args: &BenchArgs, json: bool) -> anyhow::Result<ExitCode> {
         eprintln!("wrenn bench: interrupted; removing what it started");
     }
     if let Some(platform) = bench.platform.take() {
+        if let Some(Err(_)) = &outcome {
+            // Its folder goes with the bench.
+            eprintln!("The platform's last words:\n{}", platform.last_words());
+        }
         platform.stop().await?;
     }
     match outcome {
@@ -348,11 +356,16 @@ impl Bench {
             let started = platform.started();
             health.time(platform.healthy().await? - started);
             ready.time(platform.ready().await? - started);
-            let client = platform.client().await?;
-            client
-                .sandboxes()
-                .create_running(&platform::usual_sandbox())
-                .await?;
+            let sandboxes = platform.client().await?.sandboxes();
+            // The template is on record before the host has reported for duty; the time until then counts.
+            while let Err(error) = sandboxes.create_running(&platform::usual_sandbox()).await {
+                if !matches!(error, Error::NoCapacity(_) | Error::HostUnavailable(_))
+                    || started.elapsed() > HOST_LIMIT
+                {
+                    return Err(error.into());
+                }
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
             first.time(started.elapsed());
         }
         up(&mut self.platform)?.clear().await?;

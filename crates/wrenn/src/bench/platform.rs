@@ -142,10 +142,17 @@ impl Platform {
         let Some(status) = self.child.try_wait()? else {
             return Ok(());
         };
+        bail!(
+            "the platform ended ({status}). Its last words:\n{}",
+            self.last_words()
+        )
+    }
+
+    /// The end of what the server wrote.
+    pub(super) fn last_words(&self) -> String {
         let log = std::fs::read_to_string(&self.place.log).unwrap_or_default();
         let lines: Vec<&str> = log.lines().collect();
-        let last = lines[lines.len().saturating_sub(15)..].join("\n");
-        bail!("the platform ended ({status}). Its last words:\n{last}")
+        lines[lines.len().saturating_sub(15)..].join("\n")
     }
 
     /// Waits until the API answers, and tells when it did.
@@ -218,8 +225,10 @@ impl Platform {
     }
 
     /// Waits until the platform and all its machines use hardly any processor time, so that what it does behind the
-    /// scenes (getting machines ready, removing old ones) disturbs no sample.
+    /// scenes (getting machines ready, removing old ones) disturbs no sample. Nor may what one sample left to be
+    /// written to disk slow down the next, which would always be the other side's.
     pub(super) async fn rest(&self) {
+        let _ = tokio::task::spawn_blocking(rustix::fs::sync).await;
         let deadline = Instant::now() + REST_LIMIT;
         // What starts only after a quiet time has started after this.
         tokio::time::sleep(Duration::from_millis(450)).await;

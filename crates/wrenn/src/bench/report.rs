@@ -115,9 +115,7 @@ pub(super) fn table(rows: &[Row]) -> String {
             ]
         };
         let mut floors = row.floors.iter();
-        let first = floors
-            .next()
-            .map_or_else(|| ["-"; 4].map(str::to_owned), |floor| beside(floor));
+        let first = floors.next().map_or_else(|| ["-"; 4].map(str::to_owned), beside);
         table.add_row(figures.into_iter().chain(first));
         for floor in floors {
             table.add_row(

@@ -176,6 +176,7 @@ impl<'a> Running<'a> {
             .context("the sandbox's machine is gone")?;
         let snapshots = self.client.snapshots();
         for _ in 0..count {
+            self.platform.rest().await;
             let before = Instant::now();
             let mut template = snapshots.create(self.sandbox.id(), Some("bench"), false).await?;
             while template.status == TemplateStatus::Building && before.elapsed() < LIMIT {
@@ -192,6 +193,7 @@ impl<'a> Running<'a> {
             self.client.sandbox(self.sandbox.id()).wait_settled(LIMIT).await?;
             snapshots.delete("bench").await?;
 
+            self.platform.rest().await;
             let (memory, disk) = (self.recipe.memory().to_path_buf(), vmm.dir.join("disk.qcow2"));
             let work = self.work.clone();
             let took = tokio::task::spawn_blocking(move || {
