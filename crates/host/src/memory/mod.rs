@@ -6,8 +6,9 @@
 //! the result is always relative to the template, so there are no chains to compact. Restoring writes the
 //! pages into the fresh mapping of a stopped VM.
 //!
-//! File format, little endian: magic, page count of the whole memory (u64), run count (u64), then per run
-//! first page (u64), length in pages (u32) and kind (u32: 0 zeros, 1 data), then the data runs' pages in order.
+//! File format, little endian: magic, page count of the whole memory (u64), then runs in order of their pages: first
+//! page (u64), length in pages (u32), kind (u32: 0 zeros, 1 data) and, for data, the pages. A run of length 0 ends it,
+//! so that a file that was cut off is known for one. Runs carry their pages, so that saving reads each page once.
 
 mod pagemap;
 
@@ -19,16 +20,9 @@ use std::path::Path;
 pub(crate) use pagemap::MappedMemory;
 
 pub(crate) const PAGE: usize = 4096;
-const MAGIC: &[u8; 16] = b"wrenn-memdiff-1\n";
+const MAGIC: &[u8; 16] = b"wrenn-memdiff-2\n";
 /// Pages handled at once: large enough for few system calls, small enough for the cache.
 const BATCH: u64 = 256;
-
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Run {
-    first: u64,
-    pages: u32,
-    zero: bool,
-}
 
 /// What saving wrote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,57 +36,46 @@ pub(crate) struct Saved {
 /// Writes the changed pages of `memory` (of a stopped VM) to `path`.
 pub(crate) fn save(memory: &MappedMemory, path: &Path) -> io::Result<Saved> {
     let changed = memory.changed_pages()?;
-    let mut runs: Vec<Run> = Vec::new();
+    let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    out.write_all(MAGIC)?;
+    out.write_all(&memory.page_count().to_le_bytes())?;
     let mut pages = 0;
-    // The first pass classifies, the second writes: reading a stopped guest's page twice is cheaper than a copy on disk.
     let mut buffer = vec![0u8; PAGE * BATCH as usize];
     for_batches(&changed, |first, count| {
         let bytes = &mut buffer[..PAGE * count as usize];
         memory.read_pages(first, bytes)?;
-        for (index, page) in bytes.chunks_exact(PAGE).enumerate() {
-            let (number, zero) = (first + index as u64, is_zero(page));
-            match runs.last_mut() {
-                Some(run)
-                    if run.zero == zero
-                        && run.first + u64::from(run.pages) == number
-                        && run.pages < u32::MAX =>
-                {
-                    run.pages += 1;
-                }
-                _ => runs.push(Run {
-                    first: number,
-                    pages: 1,
-                    zero,
-                }),
-            }
-        }
         pages += count;
+        let mut number = first;
+        // Neighbours of one kind, zeros or data, make a run.
+        let mut kinds = bytes.chunks_exact(PAGE).map(is_zero).peekable();
+        let mut rest = &bytes[..];
+        while let Some(zero) = kinds.next() {
+            let mut length = 1;
+            while kinds.next_if_eq(&zero).is_some() {
+                length += 1;
+            }
+            let (run, after) = rest.split_at(PAGE * length);
+            write_run(&mut out, number, length as u32, zero)?;
+            if !zero {
+                out.write_all(run)?;
+            }
+            number += length as u64;
+            rest = after;
+        }
         Ok(())
     })?;
-    let mut out = BufWriter::with_capacity(1 << 20, File::create(path)?);
-    out.write_all(MAGIC)?;
-    out.write_all(&memory.page_count().to_le_bytes())?;
-    out.write_all(&(runs.len() as u64).to_le_bytes())?;
-    for run in &runs {
-        out.write_all(&run.first.to_le_bytes())?;
-        out.write_all(&run.pages.to_le_bytes())?;
-        out.write_all(&u32::from(!run.zero).to_le_bytes())?;
-    }
-    let data: Vec<(u64, u64)> = runs
-        .iter()
-        .filter(|run| !run.zero)
-        .map(|run| (run.first, u64::from(run.pages)))
-        .collect();
-    for_batches(&data, |first, count| {
-        let bytes = &mut buffer[..PAGE * count as usize];
-        memory.read_pages(first, bytes)?;
-        out.write_all(bytes)
-    })?;
+    write_run(&mut out, 0, 0, true)?;
     let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
     Ok(Saved {
         pages,
         bytes: file.metadata()?.len(),
     })
+}
+
+fn write_run(out: &mut impl Write, first: u64, pages: u32, zero: bool) -> io::Result<()> {
+    out.write_all(&first.to_le_bytes())?;
+    out.write_all(&pages.to_le_bytes())?;
+    out.write_all(&u32::from(!zero).to_le_bytes())
 }
 
 /// Where saved pages are written back to.
@@ -134,9 +117,7 @@ pub(crate) fn apply(path: &Path, mut sink: impl PageSink) -> io::Result<()> {
             format!("saved memory is damaged: {what}"),
         )
     };
-    let file = File::open(path)?;
-    let length = file.metadata()?.len();
-    let mut input = BufReader::with_capacity(1 << 20, file);
+    let mut input = BufReader::with_capacity(1 << 20, File::open(path)?);
     let mut magic = [0; MAGIC.len()];
     input.read_exact(&mut magic)?;
     if &magic != MAGIC {
@@ -146,39 +127,37 @@ pub(crate) fn apply(path: &Path, mut sink: impl PageSink) -> io::Result<()> {
     if page_count != sink.page_count() {
         return Err(invalid("it is of a memory of another size"));
     }
-    let run_count = read_u64(&mut input)?;
-    if run_count.saturating_mul(16) > length {
-        return Err(invalid("its index is longer than the file"));
-    }
-    let mut runs = Vec::with_capacity(usize::try_from(run_count).unwrap_or(0));
-    for _ in 0..run_count {
+    let mut buffer = vec![0u8; PAGE * BATCH as usize];
+    let zeros = vec![0u8; PAGE * BATCH as usize];
+    // Runs are in order, which also bounds how much a damaged file can make this write.
+    let mut written = 0;
+    loop {
         let first = read_u64(&mut input)?;
         let mut rest = [0; 8];
         input.read_exact(&mut rest)?;
-        let pages = u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]);
+        let pages = u64::from(u32::from_le_bytes([rest[0], rest[1], rest[2], rest[3]]));
         let zero = u32::from_le_bytes([rest[4], rest[5], rest[6], rest[7]]) == 0;
-        if first
-            .checked_add(u64::from(pages))
-            .is_none_or(|end| end > page_count)
-        {
-            return Err(invalid("a page lies outside the memory"));
+        if pages == 0 {
+            return Ok(());
         }
-        runs.push(Run { first, pages, zero });
-    }
-    let mut buffer = vec![0u8; PAGE * BATCH as usize];
-    let zeros = vec![0u8; PAGE * BATCH as usize];
-    for run in runs {
-        for_batches(&[(run.first, u64::from(run.pages))], |first, count| {
+        if first < written {
+            return Err(invalid("its pages are out of order"));
+        }
+        let end = first
+            .checked_add(pages)
+            .filter(|end| *end <= page_count)
+            .ok_or_else(|| invalid("a page lies outside the memory"))?;
+        for_batches(&[(first, pages)], |first, count| {
             let length = PAGE * count as usize;
-            if run.zero {
+            if zero {
                 sink.write_pages(first, &zeros[..length])
             } else {
                 input.read_exact(&mut buffer[..length])?;
                 sink.write_pages(first, &buffer[..length])
             }
         })?;
+        written = end;
     }
-    Ok(())
 }
 
 fn read_u64(input: &mut impl Read) -> io::Result<u64> {
@@ -294,7 +273,7 @@ mod tests {
             std::fs::write(&diff, &content).unwrap();
             std::fs::write(&image, [0u8; 4 * PAGE]).unwrap();
             let flat = File::options().write(true).read(true).open(&image).unwrap();
-            // No panic, no write outside the image; an error unless the bytes happen to be an empty index.
+            // No panic, no write outside the image; an error unless the bytes happen to begin with an end mark.
             let _ = apply(&diff, FlatImage(&flat));
             prop_assert_eq!(flat.metadata().unwrap().len(), 4 * PAGE as u64);
         }
