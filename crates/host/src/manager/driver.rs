@@ -285,8 +285,7 @@ impl Driver {
         let outcome = vm::save(&self.shared, &self.dir, &mut self.record, running).await;
         match outcome {
             Ok(saved) => {
-                running.vm.kill().await;
-                self.life = Life::Paused;
+                self.end_vm().await;
                 tracing::info!(
                     sandbox = %self.record.id,
                     pages = saved.pages,
@@ -358,13 +357,16 @@ impl Driver {
         outcome
     }
 
+    async fn end_vm(&mut self) {
+        if let Life::Running(running) = std::mem::replace(&mut self.life, Life::Paused) {
+            running.end().await;
+        }
+    }
+
     async fn destroy(&mut self) -> Result<()> {
         self.publish(SandboxStatus::Stopping);
         self.guest.send_replace(None);
-        if let Life::Running(running) = &mut self.life {
-            running.vm.kill().await;
-        }
-        self.life = Life::Paused;
+        self.end_vm().await;
         // Moved first, so that a folder is either whole or not there.
         let grave = self
             .shared
@@ -394,7 +396,6 @@ impl Driver {
         };
         let console = running.console.tail();
         tracing::warn!(sandbox = %self.record.id, %exit, "a VM died");
-        running.vm.forget_cgroup();
         self.guest.send_replace(None);
         self.record.phase = Phase::Error { message, console };
         self.life = Life::Error;

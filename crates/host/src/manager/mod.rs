@@ -38,12 +38,12 @@ pub(crate) use vm::{link, random};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Step {
+    /// Writing the journal for the first time.
+    Journal,
     /// Taking a place for the VM.
     Slot,
     /// Making the disk overlay.
     Disk,
-    /// Writing the journal for the first time.
-    Journal,
     /// Starting the VMM's process.
     Launch,
     /// Loading memory and device state.
@@ -67,9 +67,9 @@ pub enum Step {
 impl Step {
     /// The steps of a create, in order.
     pub const CREATE: [Self; 9] = [
+        Self::Journal,
         Self::Slot,
         Self::Disk,
-        Self::Journal,
         Self::Launch,
         Self::Restore,
         Self::Network,
@@ -112,6 +112,8 @@ pub(crate) struct Shared {
     pub(crate) policy: EgressPolicy,
     pub(crate) capacity: Capacity,
     pub(crate) tasks: TaskTracker,
+    /// Creates under way; closed when the agent ends.
+    creates: TaskTracker,
     pool: pool::Pool,
     fault: Option<FaultHook>,
     events: mpsc::UnboundedSender<Event>,
@@ -277,6 +279,7 @@ impl Manager {
             policy,
             capacity,
             tasks: TaskTracker::new(),
+            creates: TaskTracker::new(),
             pool: pool::Pool::new(pool),
             fault,
             events,
@@ -328,8 +331,13 @@ impl Manager {
             envs: spec.envs,
             phase: Phase::Starting,
         };
-        {
+        let under_way = {
             let mut sandboxes = shared.sandboxes();
+            // Counted before the look, so that an agent that ends either waits for this create or refuses it.
+            let under_way = shared.creates.token();
+            if shared.creates.is_closed() {
+                return Err(HostError::ShuttingDown);
+            }
             if sandboxes.contains_key(&spec.id) {
                 return Err(HostError::WrongState {
                     state: "starting",
@@ -337,11 +345,12 @@ impl Manager {
                 });
             }
             sandboxes.insert(spec.id, Entry::Starting(Box::new(record.clone())));
-        }
+            under_way
+        };
         // A task of its own: a caller that hangs up half-way must not leave half a sandbox.
         let manager = self.clone();
         let work = shared.tasks.spawn(async move {
-            let _under_way = manager.shared.pool.begin_create();
+            let _counted = (under_way, manager.shared.pool.begin_create());
             let dir = VmDir::new(manager.shared.layout.sandboxes().join(record.id.to_string()));
             let outcome = manager.build(&dir, &mut record, image).await;
             match outcome {
@@ -374,7 +383,7 @@ impl Manager {
         record: &mut Record,
         image: crate::template::Image,
     ) -> Result<vm::Running> {
-        if let Some(warm) = self.shared.pool.claim(&image) {
+        if let Some(warm) = self.shared.pool.claim(&image, record.disk_mb) {
             // QEMU works in the folder itself, whatever its name.
             std::fs::rename(warm.dir.path(), dir.path()).at("move into place", dir.path())?;
             record.write(dir)?;
@@ -518,7 +527,10 @@ impl Manager {
 
     /// Ends all tasks; running sandboxes are paused first, or left running to be found by the next agent.
     pub(crate) async fn retire(&self, pause: bool, told: impl Fn(usize, usize)) {
-        self.shared.pool.close().await;
+        self.shared.pool.close();
+        // Those under way become sandboxes to be retired like the others; none begins from here on.
+        self.shared.creates.close();
+        self.shared.creates.wait().await;
         let handles: Vec<Handle> = self
             .shared
             .sandboxes()
@@ -563,6 +575,7 @@ impl Manager {
         }
         self.shared.tasks.close();
         self.shared.tasks.wait().await;
+        self.shared.pool.drain();
         self.end_work();
     }
 }

@@ -56,8 +56,12 @@ impl Pool {
         self.ready.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes a waiting VM made from `image`, if there is one.
-    pub(crate) fn claim(&self, image: &Image) -> Option<Warm> {
+    /// Takes a waiting VM made from `image`, if there is one that fits: its process may not write more than the
+    /// image's disk can hold, so a larger one needs a process of its own.
+    pub(crate) fn claim(&self, image: &Image, disk_mb: u32) -> Option<Warm> {
+        if disk_mb != image.manifest.disk_mb {
+            return None;
+        }
         let mut ready = self.ready();
         let at = ready.iter().position(|warm| warm.image.dir == image.dir)?;
         ready.remove(at)
@@ -119,14 +123,9 @@ impl Pool {
         );
         std::fs::create_dir(dir.path()).at("create", dir.path())?;
         let made = async {
-            let mut restored = restore(shared, &dir, image.clone()).await?;
-            match restored.warm_up().await {
-                Ok(()) => Ok(restored),
-                Err(error) => {
-                    restored.kill().await;
-                    Err(error)
-                }
-            }
+            let mut restored = restore(shared, &dir, image.clone(), image.manifest.disk_mb).await?;
+            restored.warm_up().await?;
+            Ok(restored)
         }
         .await;
         match made {
@@ -141,14 +140,14 @@ impl Pool {
         }
     }
 
-    /// Stops refilling and ends the waiting VMs.
-    pub(crate) async fn close(&self) {
+    /// Stops refilling.
+    pub(crate) fn close(&self) {
         self.stop.cancel();
-        let waiting: Vec<Warm> = self.ready().drain(..).collect();
-        for warm in waiting {
-            warm.restored.kill().await;
-            let _ = std::fs::remove_dir_all(warm.dir.path());
-        }
+    }
+
+    /// Ends the waiting VMs; their folders go with the other unfinished work. Call when no task is left.
+    pub(crate) fn drain(&self) {
+        self.ready().clear();
     }
 }
 

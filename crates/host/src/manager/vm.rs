@@ -22,7 +22,6 @@ use crate::memory::{self, FlatImage, Saved};
 use crate::net::{EgressPolicy, LinkTask, UserNet};
 use crate::template::Image;
 use crate::template::store::Manifest;
-use crate::vmm::Shape;
 use crate::vmm::qemu::{LaunchSpec, Vm};
 
 /// What a running sandbox holds. Dropping it leaves the VM running.
@@ -33,8 +32,27 @@ pub(crate) struct Running {
     pub(crate) image: Image,
     /// Its number is the VM's as long as this lives.
     _slot: Slot,
-    _net: UserNet,
-    _link: LinkTask,
+    _wire: Wire,
+}
+
+impl Running {
+    /// Ends the VM. Its number is free once it is gone.
+    pub(crate) async fn end(self) {
+        self.vm.kill().await;
+    }
+}
+
+/// The host's end of a VM's network.
+struct Wire {
+    net: UserNet,
+    _task: LinkTask,
+}
+
+/// Connects the host to a VM that is up: console and network.
+async fn attach(shared: &Shared, dir: &VmDir) -> Result<(Console, Wire)> {
+    let console = Console::attach(dir).await;
+    let (net, task) = link(dir, shared.policy.clone()).await?;
+    Ok((console, Wire { net, _task: task }))
 }
 
 /// Connects to the guest end of a VM's wire and serves it.
@@ -46,13 +64,13 @@ pub(crate) async fn link(dir: &VmDir, policy: EgressPolicy) -> Result<(UserNet, 
 }
 
 /// A VM with its memory and devices restored, its guest standing still, and all that the host holds of it.
+/// Dropping it ends the VM.
 pub(crate) struct Restored {
     vm: Vm,
     console: Console,
     image: Image,
     slot: Slot,
-    net: UserNet,
-    link: LinkTask,
+    wire: Wire,
 }
 
 /// Creates a sandbox's VM from an image, in the folder `dir` that the caller made and removes on failure.
@@ -65,95 +83,49 @@ pub(crate) async fn create(
     shared.step(Step::Journal)?;
     record.phase = Phase::Starting;
     record.write(dir)?;
-    let restored = restore(shared, dir, image).await?;
+    let restored = restore(shared, dir, image, record.disk_mb).await?;
     greet(shared, dir, record, restored).await
 }
 
-/// Brings up a VM from an image, up to but without its first instruction. On failure only files are left in `dir`.
-pub(crate) async fn restore(shared: &Arc<Shared>, dir: &VmDir, image: Image) -> Result<Restored> {
+/// Brings up a VM from an image, up to but without its first instruction, with a disk that may grow to `disk_mb`.
+/// On failure only files are left in `dir`.
+pub(crate) async fn restore(shared: &Shared, dir: &VmDir, image: Image, disk_mb: u32) -> Result<Restored> {
     shared.step(Step::Slot)?;
     let slot = shared.slots.take()?;
     shared.step(Step::Disk)?;
     let bytes = u64::from(image.manifest.disk_mb) << 20;
     create_overlay(&dir.disk(), bytes, &image.dir.disk(), BackingFormat::Qcow2)?;
     shared.step(Step::Launch)?;
-    let spec = launch_spec(dir, image.manifest.shape, image.manifest.disk_mb, &image, &slot);
-    let launched = shared.qemu.launch(&spec).await?;
-    if let Err(error) = shared.step(Step::Restore) {
-        launched.kill().await;
-        return Err(error);
-    }
-    let mut vm = launched.load(dir, &image.dir.state()).await?;
-    let linked = async {
-        shared.step(Step::Network)?;
-        let console = Console::attach(dir).await;
-        let (net, link) = link(dir, shared.policy.clone()).await?;
-        Ok((console, net, link))
-    }
-    .await;
-    match linked {
-        Ok((console, net, link)) => Ok(Restored {
-            vm,
-            console,
-            image,
-            slot,
-            net,
-            link,
-        }),
-        Err(error) => {
-            vm.kill().await;
-            Err(error)
-        }
-    }
-}
-
-/// Makes a restored VM the sandbox of `record`, whose folder is `dir` by now. On failure the VM is gone.
-pub(crate) async fn greet(
-    shared: &Arc<Shared>,
-    dir: &VmDir,
-    record: &mut Record,
-    mut restored: Restored,
-) -> Result<Running> {
-    match make_sandbox(shared, dir, record, &mut restored).await {
-        Ok(guest) => {
-            let Restored {
-                vm,
-                console,
-                image,
-                slot,
-                net,
-                link,
-            } = restored;
-            Ok(Running {
-                vm,
-                guest,
-                console,
-                image,
-                _slot: slot,
-                _net: net,
-                _link: link,
-            })
-        }
-        Err(error) => {
-            restored.vm.kill().await;
-            Err(error)
-        }
-    }
-}
-
-async fn make_sandbox(
-    shared: &Shared,
-    dir: &VmDir,
-    record: &mut Record,
-    restored: &mut Restored,
-) -> Result<GuestClient> {
-    let Restored {
+    let launched = shared
+        .qemu
+        .launch(&launch_spec(dir, disk_mb, &image, &slot))
+        .await?;
+    shared.step(Step::Restore)?;
+    let vm = launched.load(dir, &image.dir.state()).await?;
+    shared.step(Step::Network)?;
+    let (console, wire) = attach(shared, dir).await?;
+    Ok(Restored {
         vm,
         console,
         image,
         slot,
-        net,
-        ..
+        wire,
+    })
+}
+
+/// Makes a restored VM the sandbox of `record`, whose folder is `dir` by now. On failure the VM is gone.
+pub(crate) async fn greet(
+    shared: &Shared,
+    dir: &VmDir,
+    record: &mut Record,
+    restored: Restored,
+) -> Result<Running> {
+    let Restored {
+        mut vm,
+        console,
+        image,
+        slot,
+        wire,
     } = restored;
     let grow = record.disk_mb > image.manifest.disk_mb;
     shared.step(Step::Run)?;
@@ -164,7 +136,7 @@ async fn make_sandbox(
     }
     shared.step(Step::Greet)?;
     // The restored agent still believes in the token with which it was frozen.
-    let frozen = GuestClient::new(net, &image.manifest.token);
+    let frozen = GuestClient::new(&wire.net, &image.manifest.token);
     let entropy: [u8; 256] = random()?;
     let machine_id: [u8; 16] = random()?;
     let request = InitRequest {
@@ -188,10 +160,18 @@ async fn make_sandbox(
         }
     }
     shared.step(Step::Finish)?;
-    record.phase = running_phase(vm, slot);
+    record.phase = running_phase(&vm, &slot);
     record.write(dir)?;
     vm.outlive_agent();
-    Ok(GuestClient::new(net, &record.token))
+    let guest = GuestClient::new(&wire.net, &record.token);
+    Ok(Running {
+        vm,
+        guest,
+        console,
+        image,
+        _slot: slot,
+        _wire: wire,
+    })
 }
 
 fn running_phase(vm: &Vm, slot: &Slot) -> Phase {
@@ -207,17 +187,13 @@ impl Restored {
     /// code costs many times the second.
     pub(crate) async fn warm_up(&mut self) -> Result<()> {
         self.vm.cont().await?;
-        let guest = GuestClient::new(&self.net, &self.image.manifest.token);
+        let guest = GuestClient::new(&self.wire.net, &self.image.manifest.token);
         let warm = async {
             guest.wait_healthy(Duration::from_secs(60)).await?;
-            for command in ["/bin/true", "/bin/sh"] {
+            for (command, args) in [("/bin/true", &[][..]), ("/bin/sh", &["-c", "echo warm"])] {
                 let spec = wrenn_proto::hostagent::ProcessSpec {
                     cmd: command.to_owned(),
-                    args: if command == "/bin/sh" {
-                        vec!["-c".to_owned(), "echo warm".to_owned()]
-                    } else {
-                        vec![]
-                    },
+                    args: args.iter().map(|arg| (*arg).to_owned()).collect(),
                     ..Default::default()
                 };
                 guest.collect(spec, Some(Duration::from_secs(60)), 0).await?;
@@ -232,20 +208,9 @@ impl Restored {
         }
         self.vm.stop().await
     }
-
-    /// Undo.
-    pub(crate) async fn kill(mut self) {
-        self.vm.kill().await;
-    }
 }
 
-fn launch_spec<'a>(
-    dir: &'a VmDir,
-    shape: Shape,
-    disk_mb: u32,
-    image: &'a Image,
-    slot: &Slot,
-) -> LaunchSpec<'a> {
+fn launch_spec<'a>(dir: &'a VmDir, disk_mb: u32, image: &'a Image, slot: &Slot) -> LaunchSpec<'a> {
     LaunchSpec {
         name: dir
             .path()
@@ -254,7 +219,7 @@ fn launch_spec<'a>(
             .unwrap_or("vm"),
         dir,
         slot: slot.number(),
-        shape,
+        shape: image.manifest.shape,
         disk_mb,
         memory: image.memory_path(),
         boot: None,
@@ -290,27 +255,25 @@ pub(crate) async fn adopt(
     for leftover in [dir.partial_state(), dir.partial_memory()] {
         let _ = std::fs::remove_file(leftover);
     }
-    let outcome = async {
-        let console = Console::attach(dir).await;
-        let (net, link) = link(dir, shared.policy.clone()).await?;
+    let attached = async {
+        let attached = attach(shared, dir).await?;
         // It may have been stopped in the middle of a pause or snapshot that nobody was told of.
         if !vm.is_running().await? {
             vm.cont().await?;
         }
-        Ok((console, net, link))
+        Ok(attached)
     }
     .await;
-    match outcome {
-        Ok((console, net, link)) => {
-            let guest = GuestClient::new(&net, &record.token);
+    match attached {
+        Ok((console, wire)) => {
+            let guest = GuestClient::new(&wire.net, &record.token);
             Ok(Running {
                 vm,
                 guest,
                 console,
                 image,
                 _slot: slot,
-                _net: net,
-                _link: link,
+                _wire: wire,
             })
         }
         Err(error) => {
@@ -376,35 +339,16 @@ pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
     shared.step(Step::Launch)?;
     let launched = shared
         .qemu
-        .launch(&launch_spec(dir, record.shape, record.disk_mb, &image, &slot))
+        .launch(&launch_spec(dir, record.disk_mb, &image, &slot))
         .await?;
-    let prepared = async {
-        shared.step(Step::Restore)?;
-        let mapped = launched.memory(&image.dir.memory())?;
-        let diff = dir.memory_diff();
-        // Before the device state: devices look into memory while they are loaded.
-        blocking(move || memory::apply(&diff, &mapped).at("restore the memory from", &diff)).await
-    }
-    .await;
-    if let Err(error) = prepared {
-        launched.kill().await;
-        return Err(error);
-    }
+    shared.step(Step::Restore)?;
+    let mapped = launched.memory(&image.dir.memory())?;
+    let diff = dir.memory_diff();
+    // Before the device state: devices look into memory while they are loaded.
+    blocking(move || memory::apply(&diff, &mapped).at("restore the memory from", &diff)).await?;
     let mut vm = launched.load(dir, &dir.state()).await?;
-    let linked = async {
-        let console = Console::attach(dir).await;
-        let (net, link) = link(dir, shared.policy.clone()).await?;
-        shared.step(Step::Run)?;
-        Ok((console, net, link))
-    }
-    .await;
-    let (console, net, link) = match linked {
-        Ok(linked) => linked,
-        Err(error) => {
-            vm.kill().await;
-            return Err(error);
-        }
-    };
+    let (console, wire) = attach(shared, dir).await?;
+    shared.step(Step::Run)?;
     // From the next instruction on the saved memory no longer fits the disk.
     record.phase = running_phase(&vm, &slot);
     let outcome = match record.write(dir) {
@@ -423,7 +367,7 @@ pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
     for saved in [dir.state(), dir.memory_diff()] {
         let _ = std::fs::remove_file(saved);
     }
-    let guest = GuestClient::new(&net, &record.token);
+    let guest = GuestClient::new(&wire.net, &record.token);
     // A guest that has broken its own agent is its owner's to repair or destroy: it runs all the same.
     let clock = InitRequest {
         timestamp: Some(jiff::Timestamp::now().to_string()),
@@ -442,8 +386,7 @@ pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
         console,
         image,
         _slot: slot,
-        _net: net,
-        _link: link,
+        _wire: wire,
     })
 }
 

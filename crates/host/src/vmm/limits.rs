@@ -135,10 +135,7 @@ fn memory_bytes(limits: Limits) -> u64 {
 }
 
 fn usable(group: PathBuf, control: &str) -> Option<PathBuf> {
-    match std::fs::create_dir(&group) {
-        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => return None,
-        _ => {}
-    }
+    make_dir(&group).ok()?;
     // A folder can be made in places where its controller is missing.
     std::fs::File::options()
         .write(true)

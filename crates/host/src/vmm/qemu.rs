@@ -284,7 +284,7 @@ impl Qemu {
                     name: spec.name.to_owned(),
                 },
             },
-            memory_bytes: u64::from(spec.shape.memory_mb) << 20,
+            shape: spec.shape,
         };
         let outcome = match self
             .cgroup
@@ -298,7 +298,7 @@ impl Qemu {
         match outcome {
             Ok(()) => Ok(launched),
             Err(error) => {
-                launched.vm.kill().await;
+                drop(launched);
                 let said = std::fs::read_to_string(&log).unwrap_or_default();
                 Err(match said.trim() {
                     "" => error,
@@ -333,11 +333,11 @@ impl Qemu {
     }
 }
 
-/// A process that is up with its memory mapped.
+/// A process that is up with its memory mapped. Dropping it ends it.
 #[derive(Debug)]
 pub(crate) struct Launched {
     vm: Vm,
-    memory_bytes: u64,
+    shape: Shape,
 }
 
 impl Launched {
@@ -348,8 +348,7 @@ impl Launched {
 
     /// The process's private view of the memory image it was started with.
     pub(crate) fn memory(&self, image: &Path) -> Result<MappedMemory> {
-        MappedMemory::of_process(self.vm.process.pid(), image, self.memory_bytes)
-            .at("find the memory mapping of", image)
+        self.vm.memory(image, self.shape)
     }
 
     /// For a VM that boots: it runs already.
@@ -359,22 +358,12 @@ impl Launched {
 
     /// Loads the device state; the guest is stopped at the instruction where it was saved.
     pub(crate) async fn load(mut self, dir: &VmDir, state: &Path) -> Result<Vm> {
-        match self.vm.load(dir, state).await {
-            Ok(()) => Ok(self.vm),
-            Err(error) => {
-                self.vm.kill().await;
-                Err(error)
-            }
-        }
-    }
-
-    /// Undo.
-    pub(crate) async fn kill(mut self) {
-        self.vm.kill().await;
+        self.vm.load(dir, state).await?;
+        Ok(self.vm)
     }
 }
 
-/// A VM with all its devices.
+/// A VM with all its devices. Dropping it ends it, unless it is to outlive the agent.
 #[derive(Debug)]
 pub(crate) struct Vm {
     process: VmmProcess,
@@ -507,15 +496,9 @@ impl Vm {
         self.process.exited().await
     }
 
-    /// Removes the memory group of a process that has ended by itself.
-    pub(crate) fn forget_cgroup(&self) {
-        self.group.cgroup.remove(&self.group.name);
-    }
-
-    /// Ends the process and removes its memory group; the disk is left as the guest left it.
-    pub(crate) async fn kill(&mut self) {
+    /// Ends the process, also one that would outlive the agent; the disk is left as the guest left it.
+    pub(crate) async fn kill(mut self) {
         self.process.kill().await;
-        self.forget_cgroup();
     }
 }
 
