@@ -87,7 +87,7 @@ impl HostAgent {
             Arc::clone(&qemu),
             Arc::clone(&slots),
             config.guest_ca_bundle.clone(),
-        ));
+        )?);
         let (manager, events) = Manager::new(Parts {
             layout,
             qemu,

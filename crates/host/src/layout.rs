@@ -20,8 +20,28 @@ use std::path::{Path, PathBuf};
 
 use wrenn_proto::id::{TeamId, TemplateId};
 
+use crate::error::{HostError, IoContext as _, Result};
+
 /// The file that holds the host's registration.
 pub(crate) const REGISTRATION: &str = "host.json";
+
+/// Replaces a file that only the agent reads, whole or not at all.
+pub(crate) fn write_private(path: &Path, value: &impl serde::Serialize) -> Result<()> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let bytes = serde_json::to_vec_pretty(value)
+        .map_err(|error| HostError::Vmm(format!("cannot write {}: {error}", path.display())))?;
+    let partial = path.with_extension("json.new");
+    let mut file = std::fs::File::options()
+        .write(true)
+        .create(true)
+        .truncate(true)
+        .mode(0o600)
+        .open(&partial)
+        .at("write", &partial)?;
+    file.write_all(&bytes).at("write", &partial)?;
+    std::fs::rename(&partial, path).at("write", path)
+}
 
 /// Paths below the data directory and the cache directory.
 #[derive(Debug, Clone)]

@@ -20,6 +20,6 @@ pub mod vmm;
 pub use agent::{HostAgent, HostConfig, OnExit};
 pub use error::HostError;
 pub use layout::Layout;
-pub use manager::{Capacity, FaultHook, Step};
+pub use manager::{Capacity, FaultHook, Step, meminfo_mb};
 pub use register::registered_host;
 pub use template::{BuildState, tool_path};

@@ -10,7 +10,8 @@ use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 use wrenn_proto::rest;
 
-use crate::error::{HostError, IoContext as _, Result};
+use crate::error::{HostError, Result};
+use crate::layout::write_private;
 use crate::manager::journal::Phase;
 use crate::manager::{Event, Manager};
 use crate::template::BuildState;
@@ -34,18 +35,7 @@ impl Registration {
     }
 
     fn write(&self, path: &Path) -> Result<()> {
-        use std::os::unix::fs::OpenOptionsExt as _;
-        let partial = path.with_extension("json.new");
-        let bytes = serde_json::to_vec_pretty(self).map_err(|error| HostError::Vmm(error.to_string()))?;
-        let mut file = std::fs::File::options()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&partial)
-            .at("write", &partial)?;
-        std::io::Write::write_all(&mut file, &bytes).at("write", &partial)?;
-        std::fs::rename(&partial, path).at("write", path)
+        write_private(path, self)
     }
 }
 

@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use connectrpc::ConnectError;
 use futures::{Stream, StreamExt as _};
 use wrenn_proto::{hostagent as host, process as envd};
 
@@ -66,18 +67,12 @@ impl GuestClient {
             .start_with_options(request, options)
             .await
             .map_err(rpc_error)?;
-        let events = futures::stream::unfold((stream, false), |(mut stream, ended)| async move {
-            if ended {
-                return None;
-            }
-            match stream.message::<envd::StartResponse>().await {
-                Ok(Some(message)) => {
-                    let message = message.to_owned_message();
-                    Some((Ok(message.event.into_option()), (stream, false)))
-                }
-                Ok(None) => None,
-                Err(error) => Some((Err(rpc_error(error)), (stream, true))),
-            }
+        let events = futures::stream::unfold(stream, |mut stream| async move {
+            let message = stream.message::<envd::StartResponse>().await.transpose()?;
+            Some((
+                message.map(|message| message.to_owned_message().event.into_option()),
+                stream,
+            ))
         });
         Ok(translate(events, tag))
     }
@@ -93,18 +88,12 @@ impl GuestClient {
             _ => String::new(),
         };
         let stream = self.inner.process.connect(request).await.map_err(rpc_error)?;
-        let events = futures::stream::unfold((stream, false), |(mut stream, ended)| async move {
-            if ended {
-                return None;
-            }
-            match stream.message::<envd::ConnectResponse>().await {
-                Ok(Some(message)) => {
-                    let message = message.to_owned_message();
-                    Some((Ok(message.event.into_option()), (stream, false)))
-                }
-                Ok(None) => None,
-                Err(error) => Some((Err(rpc_error(error)), (stream, true))),
-            }
+        let events = futures::stream::unfold(stream, |mut stream| async move {
+            let message = stream.message::<envd::ConnectResponse>().await.transpose()?;
+            Some((
+                message.map(|message| message.to_owned_message().event.into_option()),
+                stream,
+            ))
         });
         Ok(translate(events, tag))
     }
@@ -282,25 +271,31 @@ fn select(selector: &host::ProcessSelector) -> Result<envd::ProcessSelector> {
     })
 }
 
+/// The agent's events in the host's terms. An error is the last of them.
 fn translate(
-    events: impl Stream<Item = Result<Option<envd::ProcessEvent>>> + Send + 'static,
+    events: impl Stream<Item = Result<Option<envd::ProcessEvent>, ConnectError>> + Send + 'static,
     tag: String,
 ) -> Events {
-    Box::pin(events.filter_map(move |event| {
-        let translated = match event {
-            Err(error) => Some(Err(error)),
-            Ok(event) => event
-                .and_then(|event| event.event)
-                .and_then(|event| translate_event(event, &tag))
-                .map(|event| {
-                    Ok(host::ProcessEvent {
-                        event: Some(event),
-                        ..Default::default()
-                    })
-                }),
-        };
-        std::future::ready(translated)
-    }))
+    let mut failed = false;
+    Box::pin(
+        events
+            .take_while(move |event| std::future::ready(!std::mem::replace(&mut failed, event.is_err())))
+            .filter_map(move |event| {
+                let translated = match event {
+                    Err(error) => Some(Err(rpc_error(error))),
+                    Ok(event) => event
+                        .and_then(|event| event.event)
+                        .and_then(|event| translate_event(event, &tag))
+                        .map(|event| {
+                            Ok(host::ProcessEvent {
+                                event: Some(event),
+                                ..Default::default()
+                            })
+                        }),
+                };
+                std::future::ready(translated)
+            }),
+    )
 }
 
 fn translate_event(event: EnvdEvent, tag: &str) -> Option<HostEvent> {

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use wrenn_proto::id::{SandboxId, TeamId, TemplateId};
 
 use crate::error::{HostError, IoContext as _, Result};
-use crate::layout::VmDir;
+use crate::layout::{VmDir, write_private};
 use crate::vmm::Shape;
 use crate::vmm::process::ProcessId;
 
@@ -63,20 +63,7 @@ impl std::fmt::Debug for Record {
 
 impl Record {
     pub(crate) fn write(&self, dir: &VmDir) -> Result<()> {
-        use std::os::unix::fs::OpenOptionsExt as _;
-        let path = dir.journal();
-        let partial = path.with_extension("json.new");
-        let bytes = serde_json::to_vec_pretty(self)
-            .map_err(|error| HostError::Vmm(format!("cannot write the journal: {error}")))?;
-        let mut file = std::fs::File::options()
-            .write(true)
-            .create(true)
-            .truncate(true)
-            .mode(0o600)
-            .open(&partial)
-            .at("write the journal", &partial)?;
-        std::io::Write::write_all(&mut file, &bytes).at("write the journal", &partial)?;
-        std::fs::rename(&partial, &path).at("write the journal", &path)
+        write_private(&dir.journal(), self)
     }
 
     pub(crate) fn read(dir: &VmDir) -> Result<Self> {

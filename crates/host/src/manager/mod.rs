@@ -209,17 +209,18 @@ impl Shared {
 
 /// `MemAvailable` in MiB.
 pub(crate) fn available_memory_mb() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    text.lines()
-        .find_map(|line| {
-            line.strip_prefix("MemAvailable:")?
-                .trim()
-                .strip_suffix("kB")?
-                .trim()
-                .parse::<u64>()
-                .ok()
-        })
-        .map_or(0, |kib| kib / 1024)
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    meminfo_mb(&meminfo, "MemAvailable").unwrap_or(0)
+}
+
+/// A value of `/proc/meminfo`, whose text is given, in MiB.
+#[must_use]
+pub fn meminfo_mb(meminfo: &str, field: &str) -> Option<u64> {
+    meminfo.lines().find_map(|line| {
+        let rest = line.strip_prefix(field)?.strip_prefix(':')?;
+        let kib: u64 = rest.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        Some(kib / 1024)
+    })
 }
 
 /// Free space for the agent's user below the data directory, in MiB.
@@ -403,6 +404,7 @@ impl Manager {
     /// Makes the built-in template if it is missing, then keeps virtual machines of it ready.
     pub(crate) async fn prepare(&self) {
         self.shared.templates.prepare_minimal().await;
+        self.shared.collect_images();
         let shared = Arc::clone(&self.shared);
         self.shared
             .tasks

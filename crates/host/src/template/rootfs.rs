@@ -18,12 +18,14 @@ pub(crate) struct Recipe {
     pub(crate) disk_mb: u32,
     /// PEM bundle to trust instead of the release's own, for machines behind a private authority.
     pub(crate) ca_bundle: Option<PathBuf>,
+    /// Differs when anything of the above, the bundle's content included, or the way of building does.
+    pub(crate) key: String,
 }
 
 impl Recipe {
     /// The `minimal` template.
-    pub(crate) fn minimal(ca_bundle: Option<PathBuf>) -> Self {
-        Self {
+    pub(crate) fn minimal(ca_bundle: Option<PathBuf>) -> Result<Self> {
+        let mut recipe = Self {
             suite: "bookworm",
             packages: &[
                 "bash",
@@ -40,22 +42,21 @@ impl Recipe {
             ],
             disk_mb: 20480,
             ca_bundle,
-        }
-    }
-
-    fn key(&self) -> Result<String> {
-        let bundle = match &self.ca_bundle {
+            key: String::new(),
+        };
+        let bundle = match &recipe.ca_bundle {
             Some(path) => std::fs::read(path).at("read the certificate bundle", path)?,
             None => Vec::new(),
         };
-        Ok(fingerprint(&[
-            self.suite.as_bytes(),
-            self.packages.join(" ").as_bytes(),
+        recipe.key = fingerprint(&[
+            recipe.suite.as_bytes(),
+            recipe.packages.join(" ").as_bytes(),
             CUSTOMIZE.as_bytes(),
             IMAGE.as_bytes(),
-            self.disk_mb.to_string().as_bytes(),
+            recipe.disk_mb.to_string().as_bytes(),
             &bundle,
-        ]))
+        ]);
+        Ok(recipe)
     }
 }
 
@@ -92,7 +93,7 @@ rm -rf "$4"
 
 /// Returns the image, from the cache when the same recipe was built before on this machine.
 pub(super) async fn ensure(layout: &Layout, recipe: &Recipe, progress: &Progress) -> Result<PathBuf> {
-    let key = recipe.key()?;
+    let key = &recipe.key;
     let image = layout.base_images().join(format!("{key}.ext4"));
     if image.is_file() {
         return Ok(image);

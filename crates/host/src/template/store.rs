@@ -145,6 +145,8 @@ pub(crate) struct TemplateStore {
     layout: Layout,
     qemu: Arc<Qemu>,
     recipe: Recipe,
+    /// Part of the name of the built-in template's images: what they depend on. Made once, for the agent in it is large.
+    minimal_key: String,
     slots: Arc<Slots>,
     /// State of the built-in template's usual shape, shown to operators.
     pub(crate) minimal: Progress,
@@ -158,15 +160,19 @@ impl TemplateStore {
         qemu: Arc<Qemu>,
         slots: Arc<Slots>,
         ca_bundle: Option<PathBuf>,
-    ) -> Self {
-        Self {
+    ) -> Result<Self> {
+        let recipe = Recipe::minimal(ca_bundle)?;
+        let platform = serde_json::to_vec(&qemu.platform()).unwrap_or_default();
+        let minimal_key = fingerprint(&[&platform, ENVD, DEFAULT_USER.as_bytes(), recipe.key.as_bytes()]);
+        Ok(Self {
             layout,
             qemu,
-            recipe: Recipe::minimal(ca_bundle),
+            recipe,
+            minimal_key,
             slots,
             minimal: Progress::new(),
             building: Mutex::new(HashMap::new()),
-        }
+        })
     }
 
     /// The shape in which the built-in template is kept ready.
@@ -178,15 +184,34 @@ impl TemplateStore {
     /// Makes the built-in template's usual image if it is missing, showing its progress.
     pub(crate) async fn prepare_minimal(&self) {
         match self.minimal_image(Self::USUAL_SHAPE, &self.minimal).await {
-            Ok(image) => self.minimal.set(BuildState::Ready {
-                size_bytes: image.size_bytes(),
-            }),
+            Ok(image) => {
+                self.minimal.set(BuildState::Ready {
+                    size_bytes: image.size_bytes(),
+                });
+                self.retire_outdated();
+            }
             Err(error) => {
                 tracing::error!(
                     error = &error as &dyn std::error::Error,
                     "cannot make the template 'minimal'"
                 );
                 self.minimal.set(BuildState::Failed(error.to_string()));
+            }
+        }
+    }
+
+    /// Takes images of the built-in template out of use that an earlier version or setting made. They go when their
+    /// last sandbox does.
+    fn retire_outdated(&self) {
+        let dir = self.layout.template(TeamId::PLATFORM, TemplateId::MINIMAL);
+        for path in children(&dir) {
+            let current = path
+                .file_name()
+                .and_then(|name| name.to_str()?.rsplit_once('-'))
+                .is_some_and(|(_, key)| key == self.minimal_key);
+            let marker = ImageDir::new(path).deleted_marker();
+            if !current && let Err(error) = std::fs::write(&marker, b"") {
+                tracing::warn!(path = %marker.display(), %error, "cannot take an outdated image out of use");
             }
         }
     }
@@ -241,12 +266,11 @@ impl TemplateStore {
     }
 
     async fn minimal_image(&self, shape: Shape, progress: &Progress) -> Result<Image> {
-        let platform = serde_json::to_vec(&self.qemu.platform()).unwrap_or_default();
         let dir = self.layout.template(TeamId::PLATFORM, TemplateId::MINIMAL);
-        // What an image depends on beside its root filesystem; when one of these changes, a new one is made
-        // beside the old, which goes when its last sandbox does.
-        let key = fingerprint(&[&platform, ENVD, DEFAULT_USER.as_bytes()]);
-        let path = dir.join(format!("{}x{}-{key}", shape.vcpus, shape.memory_mb));
+        let path = dir.join(format!(
+            "{}x{}-{}",
+            shape.vcpus, shape.memory_mb, self.minimal_key
+        ));
         let lock = Arc::clone(
             self.building
                 .lock()
@@ -346,16 +370,90 @@ impl TemplateStore {
     }
 
     fn all_images(&self) -> Vec<Image> {
-        let children = |dir: &Path| -> Vec<PathBuf> {
-            std::fs::read_dir(dir)
-                .map(|entries| entries.filter_map(|entry| Some(entry.ok()?.path())).collect())
-                .unwrap_or_default()
-        };
         children(&self.layout.team_images())
             .iter()
             .flat_map(|team| children(team))
             .flat_map(|template| children(&template))
             .filter_map(|image| Image::read(&image).ok())
             .collect()
+    }
+}
+
+/// What is in a folder; nothing when it is not there.
+fn children(dir: &Path) -> Vec<PathBuf> {
+    std::fs::read_dir(dir)
+        .map(|entries| entries.filter_map(|entry| Some(entry.ok()?.path())).collect())
+        .unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::vmm::{Accelerator, MemoryCgroup};
+
+    fn store(root: &Path) -> TemplateStore {
+        let qemu = Qemu {
+            binary: "qemu-system-x86_64".into(),
+            version: (10, 0, 2),
+            accelerator: Accelerator::Tcg,
+            host_cpu: "a processor".to_owned(),
+            cgroup: MemoryCgroup::Unavailable,
+            vm_ids: None,
+        };
+        let layout = Layout::create(&root.join("data"), &root.join("cache")).unwrap();
+        TemplateStore::new(layout, Arc::new(qemu), Slots::new(1), None).unwrap()
+    }
+
+    fn image(store: &TemplateStore, key: &str, parent: Option<PathBuf>) -> PathBuf {
+        let dir = store
+            .layout
+            .template(TeamId::PLATFORM, TemplateId::MINIMAL)
+            .join(format!("1x512-{key}"));
+        std::fs::create_dir_all(&dir).unwrap();
+        let manifest = Manifest {
+            platform: store.qemu.platform(),
+            shape: TemplateStore::USUAL_SHAPE,
+            disk_mb: 1,
+            state_sha256: String::new(),
+            token: String::new(),
+            default_user: "root".to_owned(),
+            kernel: "6.1".to_owned(),
+            parent,
+        };
+        std::fs::write(dir.join("manifest.json"), serde_json::to_vec(&manifest).unwrap()).unwrap();
+        dir
+    }
+
+    #[test]
+    fn outdated_images_go_with_their_last_user() {
+        let root = tempfile::tempdir().unwrap();
+        let store = store(root.path());
+        let current = image(&store, &store.minimal_key.clone(), None);
+        let used = image(&store, "0123456789abcdef", None);
+        let unused = image(&store, "fedcba9876543210", None);
+        let relative = used.strip_prefix(store.layout.images()).unwrap().to_path_buf();
+        store.retire_outdated();
+        store.collect(std::slice::from_ref(&relative));
+        assert!(current.exists() && used.exists() && !unused.exists());
+
+        // A template that stands on it keeps it as well.
+        let above = image(&store, &format!("above-{}", store.minimal_key), Some(relative));
+        store.collect(&[]);
+        assert!(used.exists());
+        std::fs::remove_dir_all(above).unwrap();
+        store.collect(&[]);
+        assert!(current.exists() && !used.exists());
+    }
+
+    #[test]
+    fn another_bundle_of_certificates_makes_another_template() {
+        let root = tempfile::tempdir().unwrap();
+        let bundle = root.path().join("bundle.pem");
+        let key = || Recipe::minimal(Some(bundle.clone())).unwrap().key;
+        std::fs::write(&bundle, "one").unwrap();
+        let before = key();
+        std::fs::write(&bundle, "two").unwrap();
+        assert_ne!(before, key());
+        assert_ne!(before, Recipe::minimal(None).unwrap().key);
     }
 }

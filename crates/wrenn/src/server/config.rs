@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use wrenn_host::net::EgressPolicy;
+use wrenn_host::vmm::Accelerator;
 use wrenn_host::{Capacity, OnExit};
 
 /// What becomes of running sandboxes when the server ends.
@@ -34,6 +35,17 @@ pub(crate) enum AcceleratorChoice {
     Kvm,
     /// Software emulation.
     Tcg,
+}
+
+impl AcceleratorChoice {
+    /// What was chosen, unless that is left to the probe.
+    pub(crate) fn fixed(self) -> Option<Accelerator> {
+        match self {
+            Self::Auto => None,
+            Self::Kvm => Some(Accelerator::Kvm),
+            Self::Tcg => Some(Accelerator::Tcg),
+        }
+    }
 }
 
 /// Where things are.
@@ -207,17 +219,8 @@ impl HostArgs {
 }
 
 fn total_memory_mb() -> u64 {
-    let text = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    text.lines()
-        .find_map(|line| {
-            line.strip_prefix("MemTotal:")?
-                .trim()
-                .strip_suffix("kB")?
-                .trim()
-                .parse::<u64>()
-                .ok()
-        })
-        .map_or(1024, |kib| kib / 1024)
+    let meminfo = std::fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    wrenn_host::meminfo_mb(&meminfo, "MemTotal").unwrap_or(1024)
 }
 
 /// A URL with its password replaced, for people to see.

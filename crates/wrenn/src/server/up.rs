@@ -9,12 +9,12 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use wrenn_control::{Bootstrap, ControlConfig, ControlPlane};
+use wrenn_control::{Bootstrap, ControlConfig, ControlPlane, ErrorCode};
 use wrenn_host::vmm::{Accelerator, VmIds, probe_cached};
 use wrenn_host::{BuildState, HostAgent, HostConfig};
 
 use super::config::ExitChoice;
-use super::config::{AcceleratorChoice, DirArgs, HostArgs};
+use super::config::{ControlArgs, DirArgs, HostArgs};
 use super::doctor::{self, DoctorInput};
 use super::{ControlPlaneArgs, HostAgentArgs, UpArgs};
 
@@ -39,33 +39,22 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
     let address = listeners[0].local_addr()?;
     let url = base_url(address);
 
-    let mut config = ControlConfig::new(&data_dir);
-    config.database_url.clone_from(&args.control.database_url);
-    let control = ControlPlane::builder(config)
-        .build()
-        .await
-        .context("cannot start the control plane")?;
+    let control = open_control(&data_dir, &args.control).await?;
     let first = control.bootstrap().await?;
-    let token = match wrenn_host::registered_host(&data_dir) {
-        Some(host) => match host.parse() {
-            Ok(host) => control
-                .issue_host_token(Some(host))
-                .await
-                .or(control.issue_host_token(None).await),
-            Err(_) => control.issue_host_token(None).await,
-        },
-        None => control.issue_host_token(None).await,
+    // The host keeps its identity, and so its sandboxes; one that this database does not know becomes a new one.
+    let known = wrenn_host::registered_host(&data_dir).and_then(|host| host.parse().ok());
+    let token = match control.issue_host_token(known).await {
+        Err(error) if known.is_some() && error.code == ErrorCode::NotFound => {
+            control.issue_host_token(None).await
+        }
+        issued => issued,
     }?;
 
     let mut signals = Signals::listen()?;
     let stop = CancellationToken::new();
     let stopped = stop.clone();
     let serving = tokio::spawn(control.run(listeners, async move { stopped.cancelled().await }));
-    let accelerator = match args.host.accel {
-        AcceleratorChoice::Kvm => Accelerator::Kvm,
-        AcceleratorChoice::Tcg => Accelerator::Tcg,
-        AcceleratorChoice::Auto => diagnosis.accelerator,
-    };
+    let accelerator = args.host.accel.fixed().unwrap_or(diagnosis.accelerator);
     let host_config = host_config(
         &args.dirs,
         &args.host,
@@ -125,12 +114,7 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
 pub(super) async fn control_plane(args: ControlPlaneArgs) -> anyhow::Result<()> {
     let data_dir = args.dirs.data_dir();
     prepare(&data_dir)?;
-    let mut config = ControlConfig::new(&data_dir);
-    config.database_url.clone_from(&args.control.database_url);
-    let control = ControlPlane::builder(config)
-        .build()
-        .await
-        .context("cannot start the control plane")?;
+    let control = open_control(&data_dir, &args.control).await?;
     let first = control.bootstrap().await?;
     if args.issue_host_token {
         println!("{}", control.issue_host_token(None).await?.token);
@@ -159,10 +143,9 @@ pub(super) async fn control_plane(args: ControlPlaneArgs) -> anyhow::Result<()> 
 pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
     prepare(&args.dirs.data_dir())?;
     let mut signals = Signals::listen()?;
-    let accelerator = match args.host.accel {
-        AcceleratorChoice::Kvm => Accelerator::Kvm,
-        AcceleratorChoice::Tcg => Accelerator::Tcg,
-        AcceleratorChoice::Auto => {
+    let accelerator = match args.host.accel.fixed() {
+        Some(accelerator) => accelerator,
+        None => {
             let (cache, program) = (args.dirs.cache_dir(), std::env::current_exe()?);
             let report = tokio::task::spawn_blocking(move || probe_cached(&cache, &program)).await?;
             tracing::info!(
@@ -191,6 +174,15 @@ pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
         () = agent.shutdown(args.on_exit.into(), |done, running| tracing::info!(done, running, "dealing with running sandboxes")) => Ok(()),
         () = signals.next() => bail!("left at once; running sandboxes run on and are found at the next start"),
     }
+}
+
+async fn open_control(data_dir: &Path, args: &ControlArgs) -> anyhow::Result<ControlPlane> {
+    let mut config = ControlConfig::new(data_dir);
+    config.database_url.clone_from(&args.database_url);
+    ControlPlane::builder(config)
+        .build()
+        .await
+        .context("cannot start the control plane")
 }
 
 fn host_config(

@@ -6,10 +6,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, SystemTime};
 
+use wrenn_host::meminfo_mb;
 use wrenn_host::vmm::{Accelerator, MemoryCgroup, ProbeReport, Qemu};
 
 use super::Check;
-use super::machine::{Host, Made, Program, existing, find_program, meminfo_mb, names};
+use super::machine::{Host, Made, Program, existing, find_program, names};
 
 /// Space below which the host agent starts nothing.
 const MIN_DISK_MB: u64 = 1024;

@@ -118,19 +118,6 @@ pub(super) fn has_range(text: &str, user: Option<&str>, uid: u32) -> bool {
     })
 }
 
-/// A value of `/proc/meminfo` in MiB.
-pub(super) fn meminfo_mb(meminfo: &str, field: &str) -> Option<u64> {
-    meminfo.lines().find_map(|line| {
-        let rest = line.strip_prefix(field)?.strip_prefix(':')?;
-        rest.trim()
-            .strip_suffix("kB")?
-            .trim()
-            .parse::<u64>()
-            .ok()
-            .map(|kib| kib / 1024)
-    })
-}
-
 pub(super) fn names(dir: &Path) -> Vec<String> {
     std::fs::read_dir(dir)
         .map(|entries| {

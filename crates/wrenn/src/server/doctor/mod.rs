@@ -15,7 +15,6 @@ use serde::Serialize;
 use wrenn_host::vmm::Accelerator;
 
 use super::UpArgs;
-use super::config::AcceleratorChoice;
 
 /// What the checks look at.
 #[derive(Debug, Clone)]
@@ -43,11 +42,7 @@ impl DoctorInput {
             data_dir: args.dirs.data_dir(),
             cache_dir: args.dirs.cache_dir(),
             listen: args.control.listen,
-            accelerator: match args.host.accel {
-                AcceleratorChoice::Auto => None,
-                AcceleratorChoice::Kvm => Some(Accelerator::Kvm),
-                AcceleratorChoice::Tcg => Some(Accelerator::Tcg),
-            },
+            accelerator: args.host.accel.fixed(),
             guest_ca_bundle: args.host.ca_bundle(),
             starting: false,
             fresh_probe: true,

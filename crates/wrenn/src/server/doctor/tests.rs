@@ -3,6 +3,7 @@ use std::net::TcpListener;
 use std::path::Path;
 use std::time::{Duration, Instant, SystemTime};
 
+use wrenn_host::meminfo_mb;
 use wrenn_host::vmm::ProbeReport;
 
 use super::checks::*;
