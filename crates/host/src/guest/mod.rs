@@ -193,8 +193,12 @@ fn rpc_error(error: ConnectError) -> HostError {
         | ErrorCode::PermissionDenied
         | ErrorCode::FailedPrecondition
         | ErrorCode::ResourceExhausted
-        | ErrorCode::DeadlineExceeded
         | ErrorCode::OutOfRange => HostError::GuestRefused(Box::new(error)),
+        // Whether this side's clock or the guest's ran out first, which differ in words only.
+        ErrorCode::DeadlineExceeded => HostError::GuestRefused(Box::new(ConnectError::deadline_exceeded(
+            "it did not end within its time limit and was stopped with its process group; raise timeout_sec, or run \
+             it in the background",
+        ))),
         // An unknown user, in the words of the contract; for our caller it is a bad argument.
         ErrorCode::Unauthenticated => HostError::InvalidArgument {
             field: "user",
