@@ -55,6 +55,13 @@ async fn attach(shared: &Shared, dir: &VmDir) -> Result<(Console, Wire)> {
     Ok((console, Wire { net, _task: task }))
 }
 
+/// Connects the host to a VM that has not run since its process started.
+async fn attach_first(shared: &Shared, dir: &VmDir, vm: &mut Vm) -> Result<(Console, Wire)> {
+    let attached = attach(shared, dir).await?;
+    vm.wire_taken().await?;
+    Ok(attached)
+}
+
 /// Connects to the guest end of a VM's wire and serves it.
 pub(crate) async fn link(dir: &VmDir, policy: EgressPolicy) -> Result<(UserNet, LinkTask)> {
     let stream = crate::vmm::qemu::connect_in(dir, VmDir::NET)
@@ -101,9 +108,9 @@ pub(crate) async fn restore(shared: &Shared, dir: &VmDir, image: Image, disk_mb:
         .launch(&launch_spec(dir, disk_mb, &image, &slot))
         .await?;
     shared.step(Step::Restore)?;
-    let vm = launched.load(dir, &image.dir.state()).await?;
+    let mut vm = launched.load(dir, &image.dir.state()).await?;
     shared.step(Step::Network)?;
-    let (console, wire) = attach(shared, dir).await?;
+    let (console, wire) = attach_first(shared, dir, &mut vm).await?;
     Ok(Restored {
         vm,
         console,
@@ -347,7 +354,7 @@ pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
     // Before the device state: devices look into memory while they are loaded.
     blocking(move || memory::apply(&diff, &mapped).at("restore the memory from", &diff)).await?;
     let mut vm = launched.load(dir, &dir.state()).await?;
-    let (console, wire) = attach(shared, dir).await?;
+    let (console, wire) = attach_first(shared, dir, &mut vm).await?;
     shared.step(Step::Run)?;
     // From the next instruction on the saved memory no longer fits the disk.
     record.phase = running_phase(&vm, &slot);

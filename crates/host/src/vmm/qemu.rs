@@ -242,6 +242,8 @@ impl Qemu {
         );
         arg("-qmp", format!("unix:{},server=on,wait=off", VmDir::QMP));
         arg("-global", "migration.send-configuration=off".to_owned());
+        // No switch has to learn where the guest is.
+        arg("-global", "migration.announce-rounds=0".to_owned());
         arg(
             "-sandbox",
             "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny".to_owned(),
@@ -297,14 +299,7 @@ impl Qemu {
         };
         match outcome {
             Ok(()) => Ok(launched),
-            Err(error) => {
-                drop(launched);
-                let said = std::fs::read_to_string(&log).unwrap_or_default();
-                Err(match said.trim() {
-                    "" => error,
-                    said => HostError::Vmm(format!("{error}; QEMU said: {}", tail(said, 600))),
-                })
-            }
+            Err(error) => Err(launched.vm.explain(spec.dir, error).await),
         }
     }
 
@@ -358,8 +353,10 @@ impl Launched {
 
     /// Loads the device state; the guest is stopped at the instruction where it was saved.
     pub(crate) async fn load(mut self, dir: &VmDir, state: &Path) -> Result<Vm> {
-        self.vm.load(dir, state).await?;
-        Ok(self.vm)
+        match self.vm.load(dir, state).await {
+            Ok(()) => Ok(self.vm),
+            Err(error) => Err(self.vm.explain(dir, error).await),
+        }
     }
 }
 
@@ -449,6 +446,36 @@ impl Vm {
             .and_then(|status| status.as_str())
             .unwrap_or_default()
             .to_owned())
+    }
+
+    /// Waits until QEMU has taken the connection to its network socket that was just made. Before that its end of the
+    /// wire is half open, and a packet of the guest ends the process (seen with 10.0: it writes to a channel that is
+    /// not there yet).
+    pub(crate) async fn wire_taken(&mut self) -> Result<()> {
+        self.qmp()?.event("NETDEV_STREAM_CONNECTED").await
+    }
+
+    /// Ends a VM over `error`, and adds how its process ended and what it said.
+    pub(crate) async fn explain(mut self, dir: &VmDir, error: HostError) -> HostError {
+        // One that lost its control socket is about to end by itself; its own reason is worth a moment.
+        let ended = tokio::time::timeout(Duration::from_millis(500), self.exited())
+            .await
+            .ok();
+        self.kill().await;
+        let said = std::fs::read_to_string(dir.vmm_log()).unwrap_or_default();
+        let ended = ended.map(|exit| format!("; QEMU ended with {exit}"));
+        let said = match said.trim() {
+            "" => None,
+            said => Some(format!("; QEMU said: {}", tail(said, 600))),
+        };
+        match (ended, said) {
+            (None, None) => error,
+            (ended, said) => HostError::Vmm(format!(
+                "{error}{}{}",
+                ended.unwrap_or_default(),
+                said.unwrap_or_default()
+            )),
+        }
     }
 
     /// Lets the guest run.

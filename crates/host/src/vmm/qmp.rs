@@ -19,6 +19,7 @@ struct Message {
     #[serde(rename = "return")]
     ok: Option<Value>,
     error: Option<QmpError>,
+    event: Option<String>,
 }
 
 #[derive(Deserialize)]
@@ -64,16 +65,14 @@ impl Qmp {
                 .await
                 .map_err(|error| lost(&error))?;
             loop {
-                let message: Message = serde_json::from_slice(&self.read_line().await?)
-                    .map_err(|error| HostError::Vmm(format!("QEMU sent what is not QMP: {error}")))?;
-                match message {
+                match self.read_message().await? {
                     Message { ok: Some(value), .. } => return Ok(value),
                     Message {
                         error: Some(error), ..
                     } => {
                         return Err(HostError::Vmm(format!("QEMU refused {command}: {}", error.desc)));
                     }
-                    // An event; the driver learns what it must know by asking.
+                    // An event that nobody waits for; the driver learns what it must know by asking.
                     Message { .. } => {}
                 }
             }
@@ -84,6 +83,27 @@ impl Qmp {
                 limit.as_secs()
             ))
         })?
+    }
+
+    /// Waits for an event that no command has swallowed: the caller causes it after its last command. 30 s without it
+    /// is an error.
+    pub(crate) async fn event(&mut self, name: &str) -> Result<()> {
+        let limit = Duration::from_secs(30);
+        let seen = async {
+            while self.read_message().await?.event.as_deref() != Some(name) {}
+            Ok(())
+        };
+        tokio::time::timeout(limit, seen).await.map_err(|_| {
+            HostError::Vmm(format!(
+                "QEMU did not report {name} within {} s",
+                limit.as_secs()
+            ))
+        })?
+    }
+
+    async fn read_message(&mut self) -> Result<Message> {
+        serde_json::from_slice(&self.read_line().await?)
+            .map_err(|error| HostError::Vmm(format!("QEMU sent what is not QMP: {error}")))
     }
 
     async fn read_line(&mut self) -> Result<Vec<u8>> {
