@@ -67,6 +67,7 @@ pub struct HostAgent {
     reporting: tokio::task::JoinHandle<()>,
     serving: tokio::task::JoinHandle<()>,
     preparing: tokio::task::JoinHandle<()>,
+    ready_told: tokio::sync::watch::Receiver<bool>,
     _lock: std::fs::File,
 }
 
@@ -130,6 +131,7 @@ impl HostAgent {
                 tracing::error!(%error, "the host agent's server ended");
             }
         });
+        let ready_told = reporter.ready_told();
         let stop_reporting = CancellationToken::new();
         let reporting = tokio::spawn(reporter.run(events, stop_reporting.clone()));
         let preparing = tokio::spawn({
@@ -143,6 +145,7 @@ impl HostAgent {
             reporting,
             serving,
             preparing,
+            ready_told,
             _lock: lock,
         })
     }
@@ -157,6 +160,12 @@ impl HostAgent {
     #[must_use]
     pub fn template_progress(&self) -> tokio::sync::watch::Receiver<BuildState> {
         self.manager.shared.templates.minimal.subscribe()
+    }
+
+    /// Whether the control plane knows that the built-in template is ready, so that it accepts creates.
+    #[must_use]
+    pub fn template_ready_told(&self) -> tokio::sync::watch::Receiver<bool> {
+        self.ready_told.clone()
     }
 
     /// Ends the agent. `told` hears how many of how many running sandboxes have been dealt with.

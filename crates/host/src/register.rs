@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use wrenn_proto::rest;
 
@@ -51,6 +51,8 @@ pub(crate) struct Reporter {
     registration: Registration,
     manager: Manager,
     address: String,
+    /// Whether the control plane has heard that the built-in template is ready.
+    ready_told: watch::Sender<bool>,
 }
 
 /// Why a call to the control plane failed, by what to do about it.
@@ -85,6 +87,7 @@ impl Reporter {
                 registration,
                 manager: manager.clone(),
                 address,
+                ready_told: watch::Sender::new(false),
             };
             match reporter.heartbeat().await {
                 Err(CallError::Unauthorized) if reporter.refresh().await.is_err() && token.is_some() => {
@@ -109,11 +112,16 @@ impl Reporter {
             registration,
             manager,
             address: address.to_owned(),
+            ready_told: watch::Sender::new(false),
         })
     }
 
     pub(crate) fn rpc_token(&self) -> &str {
         &self.registration.rpc_token
+    }
+
+    pub(crate) fn ready_told(&self) -> watch::Receiver<bool> {
+        self.ready_told.subscribe()
     }
 
     async fn call(&self, path: &str, body: &impl Serialize) -> std::result::Result<(), CallError> {
@@ -159,7 +167,11 @@ impl Reporter {
             &format!("/v1/hosts/{}/heartbeat", self.registration.host_id),
             &body,
         )
-        .await
+        .await?;
+        if status == rest::TemplateStatus::Ready {
+            self.ready_told.send_replace(true);
+        }
+        Ok(())
     }
 
     async fn refresh(&mut self) -> Result<()> {

@@ -93,12 +93,9 @@ impl Qmp {
             while self.read_message().await?.event.as_deref() != Some(name) {}
             Ok(())
         };
-        tokio::time::timeout(limit, seen).await.map_err(|_| {
-            HostError::Vmm(format!(
-                "QEMU did not report {name} within {} s",
-                limit.as_secs()
-            ))
-        })?
+        tokio::time::timeout(limit, seen)
+            .await
+            .map_err(|_| HostError::Vmm(format!("QEMU did not report {name} within {} s", limit.as_secs())))?
     }
 
     async fn read_message(&mut self) -> Result<Message> {

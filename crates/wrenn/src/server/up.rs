@@ -75,7 +75,7 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
         None => renew_local_env(&data_dir, &url)?,
     }
     announce(&url, &data_dir, first.as_ref(), started.elapsed());
-    let ready = tokio::spawn(show_build(agent.template_progress()));
+    let ready = tokio::spawn(show_build(agent.template_progress(), agent.template_ready_told()));
 
     tokio::pin!(serving);
     let failed = tokio::select! {
@@ -167,7 +167,7 @@ pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
         .await
         .context("cannot start the host agent")?;
     tracing::info!(address = %agent.address(), "the host agent serves");
-    let ready = tokio::spawn(show_build(agent.template_progress()));
+    let ready = tokio::spawn(show_build(agent.template_progress(), agent.template_ready_told()));
     signals.next().await;
     ready.abort();
     tokio::select! {
@@ -324,8 +324,11 @@ Try it once the template is ready:
     );
 }
 
-/// Shows how the built-in template comes along, until it is ready or has failed.
-async fn show_build(mut progress: tokio::sync::watch::Receiver<BuildState>) {
+/// Shows how the built-in template comes along, until it is ready, and the control plane knows so, or has failed.
+async fn show_build(
+    mut progress: tokio::sync::watch::Receiver<BuildState>,
+    mut ready_told: tokio::sync::watch::Receiver<bool>,
+) {
     let bar = ProgressBar::new(100);
     if let Ok(style) =
         ProgressStyle::with_template("{spinner} template 'minimal' [{bar:30}] {pos}% {msg} ({elapsed})")
@@ -345,6 +348,9 @@ async fn show_build(mut progress: tokio::sync::watch::Receiver<BuildState>) {
                 bar.set_message(step);
             }
             BuildState::Ready { size_bytes } => {
+                if ready_told.wait_for(|told| *told).await.is_err() {
+                    return;
+                }
                 bar.finish_and_clear();
                 eprintln!("Template 'minimal' is ready ({} MiB).", size_bytes >> 20);
                 return;
