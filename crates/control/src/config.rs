@@ -3,12 +3,21 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::auth::secrets::MasterSecret;
+
 /// Settings of a control plane. [`ControlConfig::new`] has sensible values for everything.
 #[derive(Clone)]
 pub struct ControlConfig {
     /// `postgres://…`; when absent, SQLite in the data directory.
     pub database_url: Option<String>,
-    /// Holds the SQLite file.
+    /// `redis://…`, for several control planes on one database; when absent, events stay in this process.
+    pub redis_url: Option<String>,
+    /// Signs sessions and seals stored secrets; the same for all control planes of an installation. When absent, one
+    /// is made and kept in the data directory.
+    pub secret: Option<MasterSecret>,
+    /// Where people reach this installation, for links in mails: `https://wrenn.example.com`.
+    pub public_url: Option<String>,
+    /// Holds the SQLite file and the secret.
     pub data_dir: PathBuf,
     /// What clients may ask for.
     pub limits: Limits,
@@ -28,6 +37,8 @@ impl std::fmt::Debug for ControlConfig {
                     &"sqlite"
                 },
             )
+            .field("redis", &self.redis_url.is_some())
+            .field("public_url", &self.public_url)
             .field("data_dir", &self.data_dir)
             .field("limits", &self.limits)
             .field("timings", &self.timings)
@@ -40,6 +51,9 @@ impl ControlConfig {
     pub fn new(data_dir: impl Into<PathBuf>) -> Self {
         Self {
             database_url: None,
+            redis_url: None,
+            secret: None,
+            public_url: None,
             data_dir: data_dir.into(),
             limits: Limits::default(),
             timings: Timings::default(),
@@ -114,4 +128,43 @@ impl Default for Timings {
             shutdown_grace: Duration::from_secs(10),
         }
     }
+}
+
+/// The secret in the data directory; made at the first start.
+pub(crate) fn kept_secret(data_dir: &std::path::Path) -> crate::Result<MasterSecret> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let path = data_dir.join("secret.key");
+    let read = || std::fs::read_to_string(&path);
+    match read() {
+        Ok(text) => return MasterSecret::parse(&text),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+        Err(error) => return Err(unusable(&path, &error)),
+    }
+    let secret = MasterSecret::generate()?;
+    // Written whole beside its place, so that no crash leaves half a secret.
+    let draft = data_dir.join(format!("secret.key.{}", uuid::Uuid::new_v4().simple()));
+    let written = std::fs::File::options()
+        .create_new(true)
+        .write(true)
+        .mode(0o600)
+        .open(&draft)
+        .and_then(|mut file| {
+            file.write_all(secret.reveal().as_bytes())?;
+            file.sync_all()
+        })
+        // Fails when another process was faster; then theirs is the secret.
+        .and_then(|()| match std::fs::hard_link(&draft, &path) {
+            Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error),
+            _ => std::fs::remove_file(&draft),
+        });
+    written.map_err(|error| unusable(&path, &error))?;
+    MasterSecret::parse(&read().map_err(|error| unusable(&path, &error))?)
+}
+
+fn unusable(path: &std::path::Path, error: &std::io::Error) -> crate::Error {
+    crate::Error::internal(format!(
+        "cannot keep the installation's secret in {}: {error}",
+        path.display()
+    ))
 }

@@ -27,6 +27,7 @@ use std::future::{Future, IntoFuture};
 use tokio::net::TcpListener;
 
 pub use api::openapi_yaml;
+pub use auth::secrets::MasterSecret;
 pub use config::ControlConfig;
 pub use error::{Error, ErrorCode, Result};
 pub use service::bootstrap::{Bootstrap, HostToken};
@@ -50,7 +51,7 @@ impl ControlPlaneBuilder {
     pub async fn build(self) -> Result<ControlPlane> {
         let Self { config } = self;
         let store = store::Store::open(config.database_url.as_deref(), &config.data_dir).await?;
-        let services = Services::new(config, store);
+        let services = Services::new(config, store)?;
         Ok(ControlPlane { services })
     }
 }

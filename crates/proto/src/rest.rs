@@ -20,6 +20,16 @@ macro_rules! body {
     )*};
 }
 
+mod accounts;
+mod around;
+mod events;
+mod teams;
+
+pub use accounts::*;
+pub use around::*;
+pub use events::*;
+pub use teams::*;
+
 /// A sandbox's status as clients see it. Exactly these words: the Wrenn SDK rejects others.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]

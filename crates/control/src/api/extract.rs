@@ -10,12 +10,12 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
 use super::error::ApiError;
-use crate::domain::{Host, Principal};
+use crate::domain::{Host, Principal, Session};
 use crate::service::Services;
 use crate::service::sandboxes::MAX_WAIT;
 use crate::{Error, ErrorCode};
 
-/// The caller, by API key.
+/// The caller, by API key or session token.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Caller(pub(crate) Principal);
 
@@ -27,8 +27,35 @@ impl FromRequestParts<Services> for Caller {
             .headers
             .get("x-api-key")
             .and_then(|value| value.to_str().ok());
-        let key = key.or_else(|| bearer(&parts.headers));
-        Ok(Self(services.authenticate_key(key).await?))
+        Ok(Self(services.authenticate(key, bearer(&parts.headers)).await?))
+    }
+}
+
+/// The calling person, by session token.
+#[derive(Debug, Clone)]
+pub(crate) struct Signed(pub(crate) Session);
+
+impl FromRequestParts<Services> for Signed {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
+        Ok(Self(services.authenticate_session(bearer(&parts.headers)).await?))
+    }
+}
+
+/// A platform admin, by session token.
+#[derive(Debug, Clone)]
+pub(crate) struct PlatformAdmin(pub(crate) Session);
+
+impl FromRequestParts<Services> for PlatformAdmin {
+    type Rejection = ApiError;
+
+    async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
+        let Signed(session) = Signed::from_request_parts(parts, services).await?;
+        if !session.platform_admin {
+            return Err(Error::new(ErrorCode::Forbidden, "only platform admins may do this").into());
+        }
+        Ok(Self(session))
     }
 }
 

@@ -34,7 +34,7 @@ pub(crate) struct Upload {
 ///
 /// A multipart form with `path` first and `file` second; the file streams through and may be of any size.
 #[utoipa::path(post, path = "/{id}/files/write", tag = "files",
-    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = [])),
+    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])),
     request_body(content = Upload, content_type = "multipart/form-data"), responses(
     (status = 204, description = "Written"),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
@@ -54,7 +54,7 @@ pub(crate) async fn write(
 
 /// Write a file (the streaming SDK method's name for the same).
 #[utoipa::path(post, path = "/{id}/files/stream/write", tag = "files",
-    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = [])),
+    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])),
     request_body(content = Upload, content_type = "multipart/form-data"), responses(
     (status = 204, description = "Written"),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
@@ -122,7 +122,7 @@ async fn upload(services: &Services, caller: Principal, id: &str, request: Reque
 
 /// Read a file.
 #[utoipa::path(post, path = "/{id}/files/read", tag = "files",
-    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = [])),
+    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])),
     request_body = FilePath, responses(
     (status = 200, content_type = "application/octet-stream", body = Vec<u8>, description = "The bytes"),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
@@ -141,7 +141,7 @@ pub(crate) async fn read(
 
 /// Read a file (the streaming SDK method's name for the same).
 #[utoipa::path(post, path = "/{id}/files/stream/read", tag = "files",
-    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = [])),
+    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])),
     request_body = FilePath, responses(
     (status = 200, content_type = "application/octet-stream", body = Vec<u8>, description = "The bytes"),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
@@ -170,7 +170,7 @@ async fn download(services: &Services, caller: Principal, id: &str, body: FilePa
 
 /// List a directory.
 #[utoipa::path(post, path = "/{id}/files/list", tag = "files",
-    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = [])),
+    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])),
     request_body = FilePath, responses(
     (status = 200, body = FileList),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
@@ -193,7 +193,7 @@ pub(crate) async fn list(
 
 /// Make a directory with its parents.
 #[utoipa::path(post, path = "/{id}/files/mkdir", tag = "files",
-    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = [])),
+    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])),
     request_body = FilePath, responses(
     (status = 200, body = MadeDir),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
@@ -214,7 +214,7 @@ pub(crate) async fn mkdir(
 
 /// Remove a file, or a directory with what is in it.
 #[utoipa::path(post, path = "/{id}/files/remove", tag = "files",
-    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = [])),
+    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])),
     request_body = FilePath, responses(
     (status = 204, description = "Removed"),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),

@@ -1,7 +1,10 @@
 //! The HTTP edge: routes, extractors, errors, WebSockets and the OpenAPI document. No business logic.
 
+mod accounts;
+mod around;
 mod convert;
 mod error;
+mod events;
 mod extract;
 mod files;
 mod hosts;
@@ -10,6 +13,7 @@ mod openapi;
 mod processes;
 mod sandboxes;
 mod snapshots;
+mod teams;
 mod ws;
 
 use axum::Router;
@@ -61,6 +65,10 @@ fn documented() -> OpenApiRouter<Services> {
         .routes(routes!(hosts::refresh))
         .routes(routes!(hosts::heartbeat))
         .routes(routes!(hosts::sandbox_events))
+        .merge(accounts::routes())
+        .merge(teams::routes())
+        .merge(events::routes())
+        .merge(around::routes())
         .routes(routes!(meta::health))
         .routes(routes!(meta::metrics))
 }

@@ -20,6 +20,12 @@ use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder
         (name = "processes", description = "Programs in a sandbox"),
         (name = "files", description = "Files in a sandbox"),
         (name = "templates", description = "What sandboxes start from"),
+        (name = "accounts", description = "People: sign-up, sessions, their own data"),
+        (name = "teams", description = "Teams, members and API keys"),
+        (name = "events", description = "State changes as they happen"),
+        (name = "channels", description = "Where state changes are told: webhooks and chats"),
+        (name = "audit", description = "Who did what"),
+        (name = "admin", description = "What platform admins see and do"),
         (name = "hosts", description = "What host agents call"),
         (name = "service", description = "The server itself"),
     )
@@ -37,6 +43,16 @@ impl utoipa::Modify for Schemes {
                 "X-API-Key",
                 "A team's key, `wrn_…`; also accepted as `Authorization: Bearer wrn_…`",
             ))),
+        );
+        components.add_security_scheme(
+            "session",
+            SecurityScheme::Http(
+                HttpBuilder::new()
+                    .scheme(HttpAuthScheme::Bearer)
+                    .bearer_format("JWT")
+                    .description(Some("A person's session, from `POST /v1/auth/login`"))
+                    .build(),
+            ),
         );
         components.add_security_scheme(
             "host_token",

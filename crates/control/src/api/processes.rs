@@ -17,7 +17,7 @@ use crate::service::processes::Selector;
 /// In the foreground, answers with its collected output when it has ended; with `background`, answers
 /// with its pid at once.
 #[utoipa::path(post, path = "/{id}/exec", tag = "processes",
-    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = [])),
+    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])),
     request_body = Exec, responses(
     (status = 200, body = ExecResult, description = "It ended"),
     (status = 202, body = ExecStarted, description = "It runs in the background"),
@@ -45,7 +45,7 @@ pub(crate) async fn exec(
 
 /// List the processes that were started through the API and still run.
 #[utoipa::path(get, path = "/{id}/processes", tag = "processes",
-    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = [])), responses(
+    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = ProcessList),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
     (status = 404, body = ErrorBody, description = "`not_found`"),
@@ -71,7 +71,7 @@ pub(crate) async fn list(
 /// Kill a process and its group.
 #[utoipa::path(delete, path = "/{id}/processes/{selector}", tag = "processes",
     params(("id" = String, Path, description = "`sb-{uuid}`"), ("selector" = String, Path, description = "Pid or tag")),
-    security(("api_key" = [])), responses(
+    security(("api_key" = []), ("session" = [])), responses(
     (status = 204, description = "Killed"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
     (status = 404, body = ErrorBody, description = "`not_found`"),

@@ -43,7 +43,7 @@ async fn answer(
 /// Create a sandbox.
 ///
 /// Answers at once; the sandbox starts in the background. With `wait`, answers when it runs or has failed.
-#[utoipa::path(post, path = "", tag = "sandboxes", params(Wait), security(("api_key" = [])),
+#[utoipa::path(post, path = "", tag = "sandboxes", params(Wait), security(("api_key" = []), ("session" = [])),
     request_body = CreateSandbox, responses(
     (status = 201, body = Sandbox, description = "Settled within `wait`; look at `status`"),
     (status = 202, body = Sandbox, description = "Accepted"),
@@ -82,7 +82,7 @@ pub(crate) struct ListParams {
 /// List the team's sandboxes, newest first.
 ///
 /// Stopped ones are left out unless asked for by `status` or `all`.
-#[utoipa::path(get, path = "", tag = "sandboxes", params(ListParams), security(("api_key" = [])), responses(
+#[utoipa::path(get, path = "", tag = "sandboxes", params(ListParams), security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = [Sandbox]),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
     (status = 401, body = ErrorBody, description = "`unauthorized`")))]
@@ -123,7 +123,7 @@ pub(crate) async fn list(
 ///
 /// With `wait`, answers when no operation is under way any more. Stopped sandboxes are still found.
 #[utoipa::path(get, path = "/{id}", tag = "sandboxes", params(("id" = String, Path, description = "`sb-{uuid}`"), Wait),
-    security(("api_key" = [])), responses(
+    security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = Sandbox),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
     (status = 404, body = ErrorBody, description = "`not_found`")))]
@@ -145,7 +145,7 @@ pub(crate) async fn get(
 ///
 /// Works from every status, and twice. With `wait`, answers when it is gone.
 #[utoipa::path(delete, path = "/{id}", tag = "sandboxes",
-    params(("id" = String, Path, description = "`sb-{uuid}`"), Wait), security(("api_key" = [])), responses(
+    params(("id" = String, Path, description = "`sb-{uuid}`"), Wait), security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = Sandbox, description = "Settled within `wait`"),
     (status = 202, body = Sandbox, description = "Accepted"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
@@ -163,7 +163,7 @@ pub(crate) async fn destroy(
 
 /// Reset the inactivity clock.
 #[utoipa::path(post, path = "/{id}/ping", tag = "sandboxes",
-    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = [])), responses(
+    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])), responses(
     (status = 204, description = "Done"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
     (status = 404, body = ErrorBody, description = "`not_found`"),
@@ -180,7 +180,7 @@ pub(crate) async fn ping(
 
 /// Pause a running sandbox, keeping its memory.
 #[utoipa::path(post, path = "/{id}/pause", tag = "sandboxes",
-    params(("id" = String, Path, description = "`sb-{uuid}`"), Wait), security(("api_key" = [])), responses(
+    params(("id" = String, Path, description = "`sb-{uuid}`"), Wait), security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = Sandbox, description = "Settled within `wait`"),
     (status = 202, body = Sandbox, description = "Accepted"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
@@ -201,7 +201,7 @@ pub(crate) async fn pause(
 
 /// Resume a paused sandbox.
 #[utoipa::path(post, path = "/{id}/resume", tag = "sandboxes",
-    params(("id" = String, Path, description = "`sb-{uuid}`"), Wait), security(("api_key" = [])), responses(
+    params(("id" = String, Path, description = "`sb-{uuid}`"), Wait), security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = Sandbox, description = "Settled within `wait`"),
     (status = 202, body = Sandbox, description = "Accepted"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
@@ -234,7 +234,7 @@ pub(crate) struct MetricsParams {
 
 /// Get a sandbox's use of CPU, memory and disk.
 #[utoipa::path(get, path = "/{id}/metrics", tag = "sandboxes",
-    params(("id" = String, Path, description = "`sb-{uuid}`"), MetricsParams), security(("api_key" = [])), responses(
+    params(("id" = String, Path, description = "`sb-{uuid}`"), MetricsParams), security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = Metrics),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),

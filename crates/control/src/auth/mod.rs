@@ -4,6 +4,9 @@
 //! guess that a slow hash would protect. The hash is also the lookup key, so no comparison of
 //! secrets happens in this process.
 
+pub(crate) mod jwt;
+pub(crate) mod secrets;
+
 use sha2::{Digest, Sha256};
 
 /// Prefix of team API keys.

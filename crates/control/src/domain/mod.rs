@@ -34,8 +34,64 @@ pub fn timestamp(millis: Millis) -> jiff::Timestamp {
 pub struct Principal {
     /// The team whose things the caller may touch.
     pub team: TeamId,
-    /// The API key used.
-    pub key: KeyId,
+    /// Who they are.
+    pub actor: Actor,
+}
+
+/// Who does something; the audit log names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Actor {
+    /// A person with a session.
+    User(UserId),
+    /// A program with a team's key.
+    Key(KeyId),
+}
+
+/// A user's place in a team.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Role {
+    /// Uses the team's things.
+    Member,
+    /// Also manages members, keys and channels.
+    Admin,
+    /// Also deletes the team; there is always one.
+    Owner,
+}
+
+impl Role {
+    /// All, weakest first.
+    pub const ALL: [Self; 3] = [Self::Member, Self::Admin, Self::Owner];
+
+    /// The word in the database and on the wire.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Member => "member",
+            Self::Admin => "admin",
+            Self::Owner => "owner",
+        }
+    }
+
+    /// The role of a word.
+    #[must_use]
+    pub fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|role| role.as_str() == word)
+    }
+}
+
+/// A person's session, with what the database says of them at the moment: a token's own words are hints only.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Session {
+    /// Who.
+    pub user: UserId,
+    /// Their address.
+    pub email: String,
+    /// Their name.
+    pub name: String,
+    /// Whether they administer the platform.
+    pub platform_admin: bool,
+    /// The team they work in, and as what; `None` when it is gone, or they left it.
+    pub team: Option<(TeamId, Role)>,
 }
 
 /// The newest failed operation of a sandbox.

@@ -2,11 +2,40 @@
 
 use super::Services;
 use crate::auth;
-use crate::domain::{Host, Principal};
+use crate::domain::{Actor, Host, Principal, Role, Session, TeamId};
 use crate::{Error, ErrorCode, Result};
 
 /// Longest credential that is looked at.
 const MAX_CREDENTIAL: usize = 512;
+/// Longest session token; it carries a name.
+const MAX_TOKEN: usize = 4096;
+
+impl Session {
+    /// The session as one who touches a team's things.
+    ///
+    /// # Errors
+    /// The user is in no team at the moment.
+    pub(crate) fn principal(&self) -> Result<Principal> {
+        let (team, _) = self.in_team()?;
+        Ok(Principal {
+            team,
+            actor: Actor::User(self.user),
+        })
+    }
+
+    /// The team that the session works in, and the user's role there.
+    ///
+    /// # Errors
+    /// There is none at the moment.
+    pub(crate) fn in_team(&self) -> Result<(TeamId, Role)> {
+        self.team.ok_or_else(|| {
+            Error::new(
+                ErrorCode::Forbidden,
+                "you are in no active team; create one, or switch to one with POST /v1/auth/switch-team",
+            )
+        })
+    }
+}
 
 impl Services {
     /// The team behind an API key.
@@ -21,8 +50,42 @@ impl Services {
             .principal_by_key_hash(&auth::hash(key))
             .await?
             .ok_or_else(|| denied("the API key is not valid"))?;
-        self.store.touch_key(principal.key, last_used).await?;
+        if let Actor::Key(key) = principal.actor {
+            self.store.touch_key(key, last_used).await?;
+        }
         Ok(principal)
+    }
+
+    /// The person behind a session token, as the database knows them now.
+    pub(crate) async fn authenticate_session(&self, token: Option<&str>) -> Result<Session> {
+        let denied = |message: &str| Error::new(ErrorCode::Unauthorized, message);
+        let token = token.filter(|token| token.len() <= MAX_TOKEN).ok_or_else(|| {
+            denied("log in first: a session token is required as `Authorization: Bearer …`")
+        })?;
+        let claims = self.sessions.check(token)?;
+        let row = self
+            .store
+            .session(claims.sub, claims.team)
+            .await?
+            .filter(|row| row.session_version == claims.ver && row.status == "active")
+            .ok_or_else(|| denied("the session has ended; log in again"))?;
+        let team = row.team_id.zip(row.role.as_deref().and_then(Role::parse));
+        Ok(Session {
+            user: claims.sub,
+            email: row.email,
+            name: row.name,
+            platform_admin: row.is_admin,
+            team: team.map(|(team, role)| (TeamId(team), role)),
+        })
+    }
+
+    /// The team behind an API key or a session; keys have a prefix of their own.
+    pub(crate) async fn authenticate(&self, key: Option<&str>, bearer: Option<&str>) -> Result<Principal> {
+        let session = bearer.filter(|token| !token.starts_with(auth::API_KEY_PREFIX));
+        match (key, session) {
+            (None, Some(token)) => self.authenticate_session(Some(token)).await?.principal(),
+            (key, _) => self.authenticate_key(key.or(bearer)).await,
+        }
     }
 
     /// The host behind a bearer token.

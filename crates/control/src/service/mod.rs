@@ -16,6 +16,8 @@ pub(crate) mod validate;
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex};
 
+use crate::auth::jwt::Sessions;
+use crate::auth::secrets::MasterSecret;
 use crate::config::ControlConfig;
 use crate::domain::{HostId, Principal, Sandbox, SandboxId, SandboxStatus};
 use crate::events::Bus;
@@ -33,6 +35,9 @@ pub(crate) struct Services {
 pub(crate) struct Inner {
     pub(crate) config: ControlConfig,
     pub(crate) store: Store,
+    /// Seals what is stored and has to be read again.
+    pub(crate) secret: MasterSecret,
+    pub(crate) sessions: Sessions,
     pub(crate) bus: Bus,
     pub(crate) tasks: Tasks,
     pool: Pool,
@@ -52,9 +57,15 @@ impl std::ops::Deref for Services {
 }
 
 impl Services {
-    pub(crate) fn new(config: ControlConfig, store: Store) -> Self {
-        Self {
+    pub(crate) fn new(config: ControlConfig, store: Store) -> Result<Self> {
+        let secret = match &config.secret {
+            Some(secret) => secret.clone(),
+            None => crate::config::kept_secret(&config.data_dir)?,
+        };
+        Ok(Self {
             inner: Arc::new(Inner {
+                sessions: Sessions::new(&secret),
+                secret,
                 config,
                 store,
                 bus: Bus::in_process(),
@@ -64,7 +75,7 @@ impl Services {
                 driven: Mutex::default(),
                 poke: tokio::sync::Notify::new(),
             }),
-        }
+        })
     }
 
     /// A sandbox of the caller's team.

@@ -2,15 +2,29 @@
 
 use sea_orm::ActiveValue::Set;
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, DbErr, EntityTrait, PaginatorTrait, QueryFilter, TransactionTrait,
+    ActiveModelTrait, ColumnTrait, DbErr, EntityTrait, FromQueryResult, PaginatorTrait, QueryFilter,
+    TransactionTrait,
 };
 
 use super::Store;
 use super::entity::{api_key, membership, team, user};
-use crate::domain::{KeyId, Millis, Principal, TeamId, UserId, now};
+use crate::domain::{Actor, KeyId, Millis, Principal, TeamId, UserId, now};
 
 /// How often `last_used` is written at most, in milliseconds.
 const LAST_USED_RESOLUTION: Millis = 60_000;
+
+/// A user as a session sees them.
+#[derive(Debug, FromQueryResult)]
+pub(crate) struct SessionRow {
+    pub(crate) email: String,
+    pub(crate) name: String,
+    pub(crate) status: String,
+    pub(crate) is_admin: bool,
+    pub(crate) session_version: i32,
+    /// The session's team, unless it is gone or the user is.
+    pub(crate) team_id: Option<uuid::Uuid>,
+    pub(crate) role: Option<String>,
+}
 
 /// What the first start creates.
 pub(crate) struct NewTeamKey<'a> {
@@ -43,6 +57,9 @@ impl Store {
             status: Set("active".to_owned()),
             created_at: Set(now),
             updated_at: Set(now),
+            session_version: Set(0),
+            deleted_at: Set(None),
+            last_login_at: Set(None),
         }
         .insert(&transaction)
         .await?;
@@ -110,11 +127,62 @@ impl Store {
             (
                 Principal {
                     team: TeamId(row.team_id),
-                    key: KeyId(row.id),
+                    actor: Actor::Key(KeyId(row.id)),
                 },
                 row.last_used.unwrap_or_default(),
             )
         }))
+    }
+
+    /// The user of a session and their place in its team, as of now; one query. `None` when there is no such user.
+    pub(crate) async fn session(
+        &self,
+        user: UserId,
+        team: Option<TeamId>,
+    ) -> Result<Option<SessionRow>, DbErr> {
+        use sea_orm::ConnectionTrait as _;
+        use sea_orm::sea_query::{Condition, Expr, ExprTrait as _, Query};
+        let query = Query::select()
+            .column((user::Entity, user::Column::Email))
+            .column((user::Entity, user::Column::Name))
+            .column((user::Entity, user::Column::Status))
+            .column((user::Entity, user::Column::IsAdmin))
+            .column((user::Entity, user::Column::SessionVersion))
+            .expr_as(Expr::col((team::Entity, team::Column::Id)), "team_id")
+            .column((membership::Entity, membership::Column::Role))
+            .from(user::Entity)
+            .join(
+                sea_orm::JoinType::LeftJoin,
+                membership::Entity,
+                Condition::all()
+                    .add(
+                        Expr::col((membership::Entity, membership::Column::UserId))
+                            .equals((user::Entity, user::Column::Id)),
+                    )
+                    .add(
+                        Expr::col((membership::Entity, membership::Column::TeamId))
+                            .eq(team.unwrap_or(TeamId::PLATFORM).0),
+                    ),
+            )
+            .join(
+                sea_orm::JoinType::LeftJoin,
+                team::Entity,
+                Condition::all()
+                    .add(
+                        Expr::col((team::Entity, team::Column::Id))
+                            .equals((membership::Entity, membership::Column::TeamId)),
+                    )
+                    .add(Expr::col((team::Entity, team::Column::DeletedAt)).is_null()),
+            )
+            .and_where(Expr::col((user::Entity, user::Column::Id)).eq(user.0))
+            .and_where(Expr::col((user::Entity, user::Column::DeletedAt)).is_null())
+            .to_owned();
+        let statement = self.db.get_database_backend().build(&query);
+        self.db
+            .query_one_raw(statement)
+            .await?
+            .map(|row| SessionRow::from_query_result(&row, ""))
+            .transpose()
     }
 
     /// Notes that a key was used, at most once a minute.

@@ -27,6 +27,53 @@ table!(user, "users", {
     pub status: String,
     pub created_at: i64,
     pub updated_at: i64,
+    pub session_version: i32,
+    pub deleted_at: Option<i64>,
+    pub last_login_at: Option<i64>,
+});
+
+table!(oauth_identity, "oauth_identities", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub user_id: Uuid,
+    pub provider: String,
+    pub subject: String,
+    pub email: String,
+    pub created_at: i64,
+});
+
+table!(email_token, "email_tokens", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub user_id: Uuid,
+    pub purpose: String,
+    pub token_hash: String,
+    pub created_at: i64,
+    pub expires_at: i64,
+    pub used_at: Option<i64>,
+});
+
+table!(admin_permission, "admin_permissions", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub user_id: Uuid,
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub permission: String,
+    pub granted_by: Option<Uuid>,
+    pub created_at: i64,
+});
+
+table!(rate_limit, "rate_limits", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub bucket: String,
+    pub hits: i32,
+    pub window_ends_at: i64,
+});
+
+table!(setting, "settings", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub name: String,
+    pub value: Option<String>,
+    pub updated_at: i64,
 });
 
 table!(team, "teams", {

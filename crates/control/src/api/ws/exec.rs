@@ -43,7 +43,7 @@ pub(super) fn upgrade(upgrade: Upgrade) -> ApiResult<WebSocketUpgrade> {
 /// `start` said `stdin`. The server sends `start`, `stdout`, `stderr`,
 /// `error` and at last `exit`.
 #[utoipa::path(get, path = "/{id}/exec/stream", tag = "processes",
-    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = [])), responses(
+    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])), responses(
     (status = 101, description = "A WebSocket"),
     (status = 400, body = ErrorBody, description = "`invalid_request`: not a WebSocket"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
@@ -106,7 +106,7 @@ pub(crate) async fn exec_stream(
 /// Follow a process that runs already (WebSocket).
 #[utoipa::path(get, path = "/{id}/processes/{selector}/stream", tag = "processes",
     params(("id" = String, Path, description = "`sb-{uuid}`"), ("selector" = String, Path, description = "Pid or tag")),
-    security(("api_key" = [])), responses(
+    security(("api_key" = []), ("session" = [])), responses(
     (status = 101, description = "A WebSocket"),
     (status = 400, body = ErrorBody, description = "`invalid_request`: not a WebSocket"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),

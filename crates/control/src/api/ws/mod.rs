@@ -6,7 +6,7 @@
 //! frame, since older clients take anything else for an error.
 //!
 //! A client that cannot set headers (a browser) sends its key in a first message of its own:
-//! `{"type":"auth","api_key":"wrn_…"}`.
+//! `{"type":"auth","api_key":"wrn_…"}`, or its session: `{"type":"auth","token":"…"}`.
 
 pub(crate) mod exec;
 pub(crate) mod pty;
@@ -109,11 +109,14 @@ pub(super) async fn receive(
     }
 }
 
-/// The message in which a browser sends its key.
+/// The message in which a browser sends its key or its session.
 #[derive(Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 enum AuthFrame {
-    Auth { api_key: String },
+    Auth {
+        api_key: Option<String>,
+        token: Option<String>,
+    },
 }
 
 /// Who the client is: known from the headers, or told now in the first message.
@@ -126,14 +129,14 @@ pub(super) async fn identify(
         return Ok(caller);
     }
     let message = tokio::time::timeout(FIRST_FRAME, stream.next()).await;
-    let key = match message {
+    let (key, token) = match message {
         Ok(Some(Ok(Message::Text(text)))) => match serde_json::from_str(&text) {
-            Ok(AuthFrame::Auth { api_key }) => Some(api_key),
-            Err(_) => None,
+            Ok(AuthFrame::Auth { api_key, token }) => (api_key, token),
+            Err(_) => (None, None),
         },
-        _ => None,
+        _ => (None, None),
     };
-    services.authenticate_key(key.as_deref()).await
+    services.authenticate(key.as_deref(), token.as_deref()).await
 }
 
 /// The first frame, which has to come in time and be JSON.

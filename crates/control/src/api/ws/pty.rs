@@ -67,7 +67,7 @@ type Upgrade = Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketU
 /// `input`. The server sends `started`, data as binary frames or as `output`, `ping`, `error` and at
 /// last `exit`.
 #[utoipa::path(get, path = "/{id}/pty", tag = "processes",
-    params(("id" = String, Path, description = "`sb-{uuid}`"), PtyParams), security(("api_key" = [])), responses(
+    params(("id" = String, Path, description = "`sb-{uuid}`"), PtyParams), security(("api_key" = []), ("session" = [])), responses(
     (status = 101, description = "A WebSocket"),
     (status = 400, body = ErrorBody, description = "`invalid_request`: not a WebSocket"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),

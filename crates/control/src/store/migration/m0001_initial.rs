@@ -1,64 +1,20 @@
-//! The schema, as migrations embedded in the program and run at every start.
-//!
-//! Ids are UUID columns; text stays for names and for words with few values. Times are milliseconds
-//! since the epoch (see `domain::Millis`). Foreign keys say what a deletion means: memberships and
-//! keys go with their team or user, creators become unknown.
+//! Accounts, hosts, templates and sandboxes, and the platform's own rows.
 
 use sea_orm_migration::prelude::*;
 use sea_orm_migration::schema::{
     big_integer, big_integer_null, boolean, integer, pk_uuid, string, string_null, text, text_null, uuid,
     uuid_null,
 };
-
 use wrenn_proto::id::{TeamId, TemplateId};
 
-/// All migrations, oldest first.
-pub(crate) struct Migrator;
+use super::{index, reference, table};
 
-impl MigratorTrait for Migrator {
-    fn migrations() -> Vec<Box<dyn MigrationTrait>> {
-        vec![Box::new(Initial)]
-    }
-}
-
-struct Initial;
+pub(super) struct Initial;
 
 impl MigrationName for Initial {
     fn name(&self) -> &'static str {
         "m0001_initial"
     }
-}
-
-fn table(name: &'static str) -> TableCreateStatement {
-    Table::create().table(name).to_owned()
-}
-
-fn reference(
-    from: (&'static str, &'static str),
-    to: &'static str,
-    on_delete: ForeignKeyAction,
-) -> ForeignKeyCreateStatement {
-    ForeignKey::create()
-        .from(from.0, from.1)
-        .to(to, "id")
-        .on_delete(on_delete)
-        .to_owned()
-}
-
-fn index(
-    name: &'static str,
-    table: &'static str,
-    columns: &[&'static str],
-    unique: bool,
-) -> IndexCreateStatement {
-    let mut index = Index::create().name(name).table(table).to_owned();
-    for &column in columns {
-        index.col(column);
-    }
-    if unique {
-        index.unique();
-    }
-    index
 }
 
 #[async_trait::async_trait]

@@ -1,0 +1,1 @@
+//! Accounts: sign-up, sessions, a person's own data.

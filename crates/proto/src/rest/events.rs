@@ -1,0 +1,1 @@
+//! State changes as clients and channels hear of them.

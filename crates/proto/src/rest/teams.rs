@@ -1,0 +1,1 @@
+//! Teams, members, API keys, and what platform admins see.
