@@ -1,7 +1,7 @@
 //! The OpenAPI document, generated from the handlers.
 
 use utoipa::OpenApi as _;
-use utoipa::openapi::OpenApi;
+use utoipa::openapi::{Content, OpenApi, Ref, ResponseBuilder};
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
 
 #[derive(utoipa::OpenApi)]
@@ -67,7 +67,39 @@ pub(super) fn base() -> OpenApi {
 
 /// The document of the whole API.
 pub(super) fn document() -> OpenApi {
-    super::documented().into_openapi()
+    complete(super::documented().into_openapi())
+}
+
+/// Adds the answers that need no mention at each handler, since extractors and the database give them everywhere.
+pub(super) fn complete(mut document: OpenApi) -> OpenApi {
+    for item in document.paths.paths.values_mut() {
+        let operations = [
+            &mut item.get,
+            &mut item.put,
+            &mut item.post,
+            &mut item.delete,
+            &mut item.patch,
+        ];
+        for operation in operations.into_iter().flatten() {
+            let takes_input = operation.request_body.is_some() || operation.parameters.is_some();
+            let answers = [
+                (takes_input, "400", "`invalid_request`: a value is malformed or out of range"),
+                (true, "500", "`internal_error`"),
+                (true, "503", "The server cannot work at the moment; `Retry-After` says when to try again"),
+            ];
+            for (applies, status, words) in answers {
+                if applies && !operation.responses.responses.contains_key(status) {
+                    let body = Content::new(Some(Ref::from_schema_name("ErrorBody")));
+                    let response = ResponseBuilder::new()
+                        .description(words)
+                        .content("application/json", body)
+                        .build();
+                    operation.responses.responses.insert(status.to_owned(), response.into());
+                }
+            }
+        }
+    }
+    document
 }
 
 /// The OpenAPI document as YAML, as committed in `openapi.yaml` and served at `/openapi.yaml`.

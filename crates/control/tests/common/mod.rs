@@ -131,6 +131,11 @@ impl World {
         }
     }
 
+    /// A folder that goes with the world.
+    pub fn dir(&self) -> &std::path::Path {
+        self._dir.path()
+    }
+
     pub fn url(&self, path: &str) -> String {
         format!("{}{path}", self.running.url)
     }
