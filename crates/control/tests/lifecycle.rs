@@ -445,12 +445,16 @@ async fn a_start_whose_host_dies_is_tried_again_when_it_is_back() {
     let sandbox = body["id"].as_str().expect("an id").to_owned();
     world.host.wait_arrived(Call::Create, 1).await;
     world.host.disconnect();
-    let mut world = world
+    let world = world
         .restart_with(|config| config.timings.host_silence = std::time::Duration::ZERO)
         .await;
     world.running.control.reconcile().await.expect("a pass");
     let (_, body) = world.get(&format!("/v1/sandboxes/{sandbox}")).await;
     assert_eq!(body["status"], "starting", "{body}");
+    // With no patience at all the monitor would lose the host again right after its heartbeat.
+    let mut world = world
+        .restart_with(|config| config.timings.host_silence = std::time::Duration::from_secs(90))
+        .await;
     world.host.release(Call::Create);
     world.host.reconnect().await;
     world.host.heartbeat().await;

@@ -5,6 +5,8 @@
 //! side idempotent). So the same function serves the request that made the decision, the monitor that
 //! finds an operation nobody drives, and the start after a crash.
 
+use std::collections::hash_map::Entry;
+
 use connectrpc::client::CallOptions;
 use connectrpc::{ConnectError, ErrorCode as Rpc};
 use wrenn_proto::hostagent;
@@ -50,11 +52,14 @@ impl Services {
                 }
             };
             // One task per decision: a newer decision (destroy during create) must not wait for the older.
-            let Some(_claim) = self.claim(id, sandbox.generation, sandbox.status) else {
+            let Some(claim) = self.claim(id, sandbox.generation, sandbox.status) else {
                 return;
             };
-            match self.step(&sandbox, &mut refused).await {
+            let step = self.step(&sandbox, &mut refused).await;
+            let asked_again = claim.end();
+            match step {
                 Ok(Step::Again) => {}
+                Ok(Step::Rest) if asked_again => {}
                 Ok(Step::Rest) => return,
                 Err(error) => {
                     tracing::error!(sandbox = %id, error = &error as &dyn std::error::Error, "an operation failed");
@@ -347,17 +352,27 @@ impl Services {
         Ok(outcome)
     }
 
-    /// Claims a decision for this task; `None` if another task of this process has it.
+    /// Claims a decision for this task; `None` if another task of this process has it. That one then looks again
+    /// before it rests: its call may have failed right before the host came back, which is why it was asked for now.
     fn claim(&self, id: SandboxId, generation: u64, status: SandboxStatus) -> Option<Claim> {
         let key = (id, generation, status);
         let mut driven = self
             .driven
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        driven.insert(key).then(|| Claim {
-            services: self.clone(),
-            key,
-        })
+        match driven.entry(key) {
+            Entry::Occupied(mut claimed) => {
+                claimed.insert(true);
+                None
+            }
+            Entry::Vacant(free) => {
+                free.insert(false);
+                Some(Claim {
+                    services: self.clone(),
+                    key: Some(key),
+                })
+            }
+        }
     }
 
     fn lifecycle(&self) -> CallOptions {
@@ -416,15 +431,28 @@ pub(super) fn millis(duration: std::time::Duration) -> i64 {
 /// Releases a decision when the task that carries it ends, however it ends.
 pub(super) struct Claim {
     services: Services,
-    key: (SandboxId, u64, SandboxStatus),
+    key: Option<(SandboxId, u64, SandboxStatus)>,
+}
+
+impl Claim {
+    /// Gives it back; returns whether somebody wanted it meanwhile.
+    fn end(mut self) -> bool {
+        self.give_back()
+    }
+
+    fn give_back(&mut self) -> bool {
+        let Some(key) = self.key.take() else { return false };
+        let mut driven = self
+            .services
+            .driven
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        driven.remove(&key).unwrap_or_default()
+    }
 }
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        self.services
-            .driven
-            .lock()
-            .unwrap_or_else(std::sync::PoisonError::into_inner)
-            .remove(&self.key);
+        self.give_back();
     }
 }

@@ -13,7 +13,7 @@ pub(crate) mod sandboxes;
 pub(crate) mod templates;
 pub(crate) mod validate;
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use crate::auth::jwt::Sessions;
@@ -42,8 +42,8 @@ pub(crate) struct Inner {
     pub(crate) tasks: Tasks,
     pool: Pool,
     scheduler: Scheduler,
-    /// Decisions that a task of this process carries at the moment.
-    driven: Mutex<HashSet<(SandboxId, u64, SandboxStatus)>>,
+    /// Decisions that a task of this process carries at the moment, and whether they were asked for again since.
+    driven: Mutex<HashMap<(SandboxId, u64, SandboxStatus), bool>>,
     /// Starts the monitor's next pass.
     poke: tokio::sync::Notify,
 }

@@ -15,7 +15,7 @@ use super::Shared;
 use super::vm::{Restored, restore};
 use crate::error::{IoContext as _, Result};
 use crate::layout::VmDir;
-use crate::template::{Image, TemplateStore};
+use crate::template::{BuildState, Image, TemplateStore};
 
 /// A refill waits until creates have been quiet for this long, so as not to take their processor.
 const QUIET: Duration = Duration::from_millis(400);
@@ -84,6 +84,13 @@ impl Pool {
     }
 
     async fn refill(&self, shared: &Arc<Shared>) {
+        // A template that could not be made is its maker's to report; here it would be tried again and again unseen.
+        let mut template = shared.templates.minimal.subscribe();
+        let ready = |state: &BuildState| matches!(state, BuildState::Ready { .. });
+        if template.wait_for(ready).await.is_err() {
+            return;
+        }
+        drop(template);
         loop {
             let changed = self.changed.notified();
             if self.ready().len() >= self.size || self.creates.load(Ordering::Acquire) > 0 {

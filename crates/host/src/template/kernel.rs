@@ -157,25 +157,89 @@ pub fn tool_path() -> std::ffi::OsString {
 
 /// Runs a program to its end and returns its output; on failure its last words.
 pub(super) async fn run(program: &'static str, command: &mut Command) -> Result<String> {
-    let output = command
-        .stdin(Stdio::null())
-        .env("LC_ALL", "C")
-        .env("PATH", tool_path())
-        .kill_on_drop(true)
-        .output()
-        .await
-        .map_err(|error| HostError::Program {
-            program,
-            detail: format!("cannot run it: {error}; is it installed?"),
-        })?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    let mut child = Group::spawn(
+        program,
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped()),
+    )?;
+    let (mut stdout, mut stderr) = (child.inner.stdout.take(), child.inner.stderr.take());
+    let (mut out, mut err) = (Vec::new(), Vec::new());
+    let read = async {
+        // What cannot be read is not worth more than the exit status.
+        let _ = tokio::join!(read_all(&mut stdout, &mut out), read_all(&mut stderr, &mut err));
+    };
+    let ((), status) = tokio::join!(read, child.wait());
+    if status?.success() {
+        return Ok(String::from_utf8_lossy(&out).into_owned());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
+    let said = String::from_utf8_lossy(&err);
     Err(HostError::Program {
         program,
         detail: crate::vmm::qemu::tail(said.trim(), 1500).to_owned(),
     })
+}
+
+async fn read_all(
+    from: &mut Option<impl tokio::io::AsyncRead + Unpin>,
+    into: &mut Vec<u8>,
+) -> std::io::Result<()> {
+    match from {
+        Some(from) => tokio::io::AsyncReadExt::read_to_end(from, into).await.map(drop),
+        None => Ok(()),
+    }
+}
+
+/// A program with all that it starts: dropped before its end, the whole group is killed, so that a build which is
+/// given up leaves nothing behind.
+pub(super) struct Group {
+    pub(super) inner: tokio::process::Child,
+    program: &'static str,
+    leader: Option<rustix::process::Pid>,
+}
+
+impl Group {
+    pub(super) fn spawn(program: &'static str, command: &mut Command) -> Result<Self> {
+        let inner = command
+            .env("LC_ALL", "C")
+            .env("PATH", tool_path())
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(|error| HostError::Program {
+                program,
+                detail: format!("cannot run it: {error}; is it installed?"),
+            })?;
+        let leader = inner
+            .id()
+            .and_then(|pid| i32::try_from(pid).ok())
+            .and_then(rustix::process::Pid::from_raw);
+        Ok(Self {
+            inner,
+            program,
+            leader,
+        })
+    }
+
+    /// Waits for its end.
+    pub(super) async fn wait(&mut self) -> Result<std::process::ExitStatus> {
+        let status = self.inner.wait().await.map_err(|error| HostError::Program {
+            program: self.program,
+            detail: error.to_string(),
+        })?;
+        // From now on the number may be another's.
+        self.leader = None;
+        Ok(status)
+    }
+}
+
+impl Drop for Group {
+    fn drop(&mut self) {
+        if let Some(leader) = self.leader {
+            let _ = rustix::process::kill_process_group(leader, rustix::process::Signal::KILL);
+        }
+    }
 }
 
 /// Gets the uncompressed kernel out of a bzImage.
@@ -249,8 +313,26 @@ fn lz4_legacy(mut rest: &[u8], out: &mut Vec<u8>) -> std::result::Result<(), Str
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use std::io::Write as _;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_program_given_up_takes_what_it_started_along() {
+        let mut group = Group::spawn(
+            "sh",
+            Command::new("sh")
+                .args(["-c", "sleep 1000 & echo $!; wait"])
+                .stdout(Stdio::piped()),
+        )
+        .unwrap();
+        let stdout = group.inner.stdout.take().unwrap();
+        let mut lines = tokio::io::AsyncBufReadExt::lines(tokio::io::BufReader::new(stdout));
+        let pid = lines.next_line().await.unwrap().unwrap().parse().unwrap();
+        let mut grandchild = crate::vmm::process::VmmProcess::find(pid).unwrap();
+        drop(group);
+        grandchild.exited().await;
+    }
 
     #[test]
     fn every_compression_of_kernels_and_modules_is_undone() {

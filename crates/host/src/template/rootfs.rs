@@ -60,6 +60,10 @@ impl Recipe {
     }
 }
 
+/// Begin of the name of a builder's folder in the cache; the lock beside it has an extension.
+const WORK: &str = ".work-";
+const LOCK: &str = "lock";
+
 /// Runs in the shell outside the tree, whose path is `$1`; `$2` is a certificate bundle or empty.
 const CUSTOMIZE: &str = r#"
 set -eu
@@ -81,10 +85,11 @@ rm -rf "$root/var/cache/apt/archives/"*.deb "$root/var/log/"*.log "$root/var/log
 "#;
 
 /// Turns the archive `$1` into the ext4 image `$2` of `$3` MiB with the folder `$4` to work in. Lazy tables keep the file sparse.
+/// Device nodes stay out: an ordinary user cannot make them, and the guest mounts its own.
 const IMAGE: &str = r#"
 set -eu
 mkdir "$4"
-tar --extract --numeric-owner --xattrs --file "$1" --directory "$4"
+tar --extract --numeric-owner --xattrs --exclude='./dev/*' --file "$1" --directory "$4"
 truncate --size "$3M" "$2"
 mke2fs -q -t ext4 -d "$4" -m 0 -i 32768 -J size=32 -L root \
   -E lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0 -F "$2"
@@ -116,13 +121,81 @@ pub(super) async fn ensure(layout: &Layout, recipe: &Recipe, progress: &Progress
 }
 
 async fn build(layout: &Layout, recipe: &Recipe, cached: &Path, progress: &Progress) -> Result<()> {
-    let work = layout
-        .rootfs_cache()
-        .join(format!(".work-{}", uuid::Uuid::new_v4().simple()));
+    let cache = layout.rootfs_cache();
+    sweep(&cache).await;
+    let work = cache.join(format!("{WORK}{}", uuid::Uuid::new_v4().simple()));
+    // Held as long as this process builds, so that others know whose folder this is.
+    let lock_path = work.with_extension(LOCK);
+    let lock = std::fs::File::create(&lock_path).at("create", &lock_path)?;
+    lock.lock().at("lock", &lock_path)?;
     std::fs::create_dir_all(&work).at("create", &work)?;
     let outcome = build_in(&work, recipe, cached, progress).await;
-    let _ = std::fs::remove_dir_all(&work);
+    clear(&work).await;
+    let _ = std::fs::remove_file(&lock_path);
     outcome
+}
+
+/// Removes what builders left that were killed: their folders in the cache, which agents share, and programs of theirs
+/// that still run.
+async fn sweep(cache: &Path) {
+    let Ok(entries) = std::fs::read_dir(cache) else {
+        return;
+    };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let named = |name: &std::ffi::OsStr| name.to_string_lossy().starts_with(WORK);
+        if path.extension().is_none_or(|extension| extension != LOCK) || !path.file_name().is_some_and(named)
+        {
+            continue;
+        }
+        let abandoned = std::fs::File::open(&path).is_ok_and(|lock| lock.try_lock().is_ok());
+        if !abandoned {
+            continue;
+        }
+        let work = path.with_extension("");
+        tracing::info!(folder = %work.display(), "removing a build that was cut short");
+        end_programs(&work);
+        clear(&work).await;
+        let _ = std::fs::remove_file(&path);
+    }
+}
+
+/// Kills the programs that were told to work in `work`; its name is unique.
+fn end_programs(work: &Path) {
+    let Ok(processes) = std::fs::read_dir("/proc") else {
+        return;
+    };
+    let Some(name) = work.file_name().and_then(|name| name.to_str()) else {
+        return;
+    };
+    for process in processes.flatten() {
+        let pid = process.file_name().to_str().and_then(|name| name.parse().ok());
+        let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) else {
+            continue;
+        };
+        let ours = std::fs::read(process.path().join("cmdline"))
+            .is_ok_and(|line| String::from_utf8_lossy(&line).contains(name));
+        if ours {
+            let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+        }
+    }
+}
+
+/// Removes a builder's folder. An ordinary user's holds files of mapped users, which only their namespace can remove.
+async fn clear(work: &Path) {
+    if std::fs::remove_dir_all(work).is_ok() || rustix::process::geteuid().is_root() {
+        return;
+    }
+    if let Err(error) = super::kernel::run("rm", mapped("rm").arg("-rf").arg(work)).await {
+        tracing::warn!(folder = %work.display(), %error, "cannot remove a build's folder");
+    }
+}
+
+/// A program that runs with mapped users: files keep their owners, and this user is root among them, so that the work
+/// folder is in reach.
+fn mapped(program: &str) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--user", "--map-auto", "--map-root-user", program]);
+    command
 }
 
 async fn build_in(work: &Path, recipe: &Recipe, cached: &Path, progress: &Progress) -> Result<()> {
@@ -148,14 +221,7 @@ async fn build_in(work: &Path, recipe: &Recipe, cached: &Path, progress: &Progre
 
     progress.step(60, "making the root filesystem's image");
     let image = work.join("rootfs.ext4");
-    let mut command = if root {
-        Command::new("sh")
-    } else {
-        // Mapped users, so that files keep their owners; this user is root among them, so that the work folder is in reach.
-        let mut command = Command::new("unshare");
-        command.args(["--user", "--map-auto", "--map-root-user", "sh"]);
-        command
-    };
+    let mut command = if root { Command::new("sh") } else { mapped("sh") };
     command
         .args(["-c", IMAGE, "sh"])
         .arg(&archive)
@@ -169,20 +235,15 @@ async fn build_in(work: &Path, recipe: &Recipe, cached: &Path, progress: &Progre
 /// Runs mmdebstrap, showing its own progress lines; on failure its last lines are the error.
 async fn follow(command: &mut Command, progress: &Progress) -> Result<()> {
     let program = "mmdebstrap";
-    let mut child = command
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::piped())
-        .env("LC_ALL", "C")
-        .env("PATH", super::kernel::tool_path())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(|error| HostError::Program {
-            program,
-            detail: format!("cannot run it: {error}; install the package mmdebstrap"),
-        })?;
+    let mut child = super::kernel::Group::spawn(
+        program,
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped()),
+    )?;
     let mut last: std::collections::VecDeque<String> = std::collections::VecDeque::new();
-    if let Some(stderr) = child.stderr.take() {
+    if let Some(stderr) = child.inner.stderr.take() {
         let mut lines = BufReader::new(stderr).lines();
         let mut percent = 10;
         while let Ok(Some(line)) = lines.next_line().await {
@@ -197,11 +258,7 @@ async fn follow(command: &mut Command, progress: &Progress) -> Result<()> {
             last.push_back(line);
         }
     }
-    let status = child.wait().await.map_err(|error| HostError::Program {
-        program,
-        detail: error.to_string(),
-    })?;
-    if status.success() {
+    if child.wait().await?.success() {
         return Ok(());
     }
     let said = last.into_iter().collect::<Vec<_>>().join("\n");

@@ -2,7 +2,7 @@
 //! VMM here, or be refused before anything is done. QEMU is the first.
 //!
 //! A VM goes through phases that are consumed by value, each knowing how to unwind: a directory with a disk
-//! (prepared by the manager) → [`qemu::Launched`] (process up, memory mapped, nothing runs) → [`qemu::Vm`] (guest runs).
+//! (prepared by the manager) → `qemu::Launched` (process up, memory mapped, nothing runs) → `qemu::Vm` (guest runs).
 
 pub(crate) mod limits;
 pub mod probe;

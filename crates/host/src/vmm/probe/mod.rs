@@ -5,8 +5,8 @@
 //! instructions on the FPU's state at which such emulations give up.
 //!
 //! The guest runs in a child process (this program again, called with [`CHILD_COMMAND`]), because entering a guest
-//! may never return. The child writes a line of JSON to its standard output for each [`Event`]; the parent reads
-//! until the last one, the end of the output, or [`PATIENCE`], and then kills the child in any case.
+//! may never return. The child writes a line of JSON to its standard output for each event; the parent reads
+//! until the last one, the end of the output, or the time allowed, and then kills the child in any case.
 //!
 //! Every doubt ends in [`Accelerator::Tcg`], which works everywhere.
 
