@@ -17,6 +17,7 @@ pub mod config;
 pub mod domain;
 pub mod error;
 mod events;
+pub mod extension;
 mod hosts;
 mod service;
 mod store;
@@ -30,29 +31,39 @@ pub use api::openapi_yaml;
 pub use auth::secrets::MasterSecret;
 pub use config::ControlConfig;
 pub use error::{Error, ErrorCode, Result};
+pub use service::Services;
 pub use service::bootstrap::{Bootstrap, HostToken};
 pub use service::monitor::MonitorPass;
 
 use domain::{HostId, TeamId};
-use service::Services;
+use extension::{Extension, Extensions};
 
 /// Builds a [`ControlPlane`].
 #[derive(Debug)]
+#[must_use = "nothing happens until it is built"]
 pub struct ControlPlaneBuilder {
     config: ControlConfig,
+    extensions: Extensions,
 }
 
 impl ControlPlaneBuilder {
+    /// Adds an extension; middleware of later ones is further out.
+    pub fn extension(mut self, extension: impl Extension) -> Self {
+        self.extensions.add(extension);
+        self
+    }
+
     /// Opens the database, brings its schema up to date, and takes up what an earlier process left
     /// unfinished.
     ///
     /// # Errors
-    /// The database cannot be opened or migrated.
+    /// The database cannot be opened or migrated, or an extension's name is unusable.
     pub async fn build(self) -> Result<ControlPlane> {
-        let Self { config } = self;
-        let store = store::Store::open(config.database_url.as_deref(), &config.data_dir).await?;
+        let Self { config, extensions } = self;
+        extensions.check()?;
+        let store = store::Store::open(config.database_url.as_deref(), &config.data_dir, &extensions).await?;
         let services = Services::new(config, store)?;
-        Ok(ControlPlane { services })
+        Ok(ControlPlane { services, extensions })
     }
 }
 
@@ -60,6 +71,7 @@ impl ControlPlaneBuilder {
 #[derive(Clone)]
 pub struct ControlPlane {
     services: Services,
+    extensions: Extensions,
 }
 
 impl std::fmt::Debug for ControlPlane {
@@ -74,7 +86,10 @@ impl ControlPlane {
     /// Starts with a configuration.
     #[must_use]
     pub fn builder(config: ControlConfig) -> ControlPlaneBuilder {
-        ControlPlaneBuilder { config }
+        ControlPlaneBuilder {
+            config,
+            extensions: Extensions::default(),
+        }
     }
 
     /// On an empty database: creates an admin, a team and an API key, whose secret is returned this
@@ -121,7 +136,13 @@ impl ControlPlane {
 
     /// The HTTP API.
     pub fn router(&self) -> axum::Router {
-        api::router(self.services.clone())
+        api::router(self.services.clone(), &self.extensions)
+    }
+
+    /// The business logic, as extensions get it.
+    #[must_use]
+    pub fn services(&self) -> &Services {
+        &self.services
     }
 
     /// Starts the background work: operations that an earlier process left unfinished, and the monitor.
@@ -132,6 +153,7 @@ impl ControlPlane {
     pub async fn start_background(&self) -> Result<()> {
         self.services.take_up_unfinished().await?;
         self.services.start_monitor();
+        self.extensions.start_workers(&self.services);
         Ok(())
     }
 

@@ -16,6 +16,8 @@ pub enum TaskKind {
     Drive,
     /// Looks after hosts and records. At shutdown it ends at its next wait.
     Monitor,
+    /// An extension's worker. At shutdown it ends at its next wait.
+    Worker,
 }
 
 impl TaskKind {
@@ -23,13 +25,14 @@ impl TaskKind {
         match self {
             Self::Drive => "drive",
             Self::Monitor => "monitor",
+            Self::Worker => "worker",
         }
     }
 
     /// Whether cancellation drops the task at its next await, or lets it finish.
     fn stops_at_once(self) -> bool {
         match self {
-            Self::Monitor => true,
+            Self::Monitor | Self::Worker => true,
             Self::Drive => false,
         }
     }

@@ -63,7 +63,14 @@ async fn generated_requests_find_no_fault() {
         .args(["--phases", "examples,coverage,fuzzing"])
         // WebSockets are no plain requests; agents' calls have a token of their own.
         .args(["--exclude-path-regex", "/(stream|pty)$|^/v1/hosts/"])
-        .args(["--max-examples", "15", "--seed", SEED, "--generation-database", "none"])
+        .args([
+            "--max-examples",
+            "15",
+            "--seed",
+            SEED,
+            "--generation-database",
+            "none",
+        ])
         .args(["--request-timeout", "20", "--no-color", "--continue-on-failure"])
         .current_dir(world.dir())
         .output()

@@ -1,6 +1,6 @@
 //! The server itself: health, metrics, documents, and the middleware that observes requests.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request, State};
@@ -14,7 +14,7 @@ use utoipa_swagger_ui::SwaggerUi;
 use wrenn_proto::rest::{ErrorBody, Health};
 
 use super::error::ApiResult;
-use super::openapi;
+use crate::Error;
 use crate::domain::HostStatus;
 use crate::service::Services;
 
@@ -38,26 +38,22 @@ fn recorder() -> &'static PrometheusHandle {
 }
 
 /// Pages and documents that the OpenAPI document does not describe.
-pub(super) fn undocumented() -> Router<Services> {
+pub(super) fn undocumented(document: &utoipa::openapi::OpenApi) -> Router<Services> {
     recorder();
-    let json = serde_json::to_value(openapi::document()).unwrap_or_default();
+    let json = serde_json::to_value(document).unwrap_or_default();
+    let yaml: Option<Arc<str>> = document.to_yaml().ok().map(Arc::from);
     Router::new()
-        .route("/openapi.yaml", get(yaml))
+        .route(
+            "/openapi.yaml",
+            get(move || std::future::ready(serve_yaml(yaml.as_deref()))),
+        )
         .route("/test", get(|| async { Html(TEST_PAGE) }))
         .merge(SwaggerUi::new("/docs").external_url_unchecked("/openapi.json", json))
 }
 
-async fn yaml() -> ApiResult<Response> {
-    // The document does not change while the process runs.
-    static YAML: OnceLock<String> = OnceLock::new();
-    let text = match YAML.get() {
-        Some(text) => text,
-        None => {
-            let text = openapi::openapi_yaml()?;
-            YAML.get_or_init(|| text)
-        }
-    };
-    Ok(([(header::CONTENT_TYPE, "application/yaml")], text.as_str()).into_response())
+fn serve_yaml(text: Option<&str>) -> ApiResult<Response> {
+    let text = text.ok_or_else(|| Error::internal("the API's document cannot be written as YAML"))?;
+    Ok(([(header::CONTENT_TYPE, "application/yaml")], text.to_owned()).into_response())
 }
 
 /// Tell whether the server can work: it is up and its database answers.

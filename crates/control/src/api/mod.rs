@@ -24,6 +24,7 @@ use tower_http::catch_panic::CatchPanicLayer;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 
+use crate::extension::Extensions;
 use crate::service::Services;
 use crate::{Error, ErrorCode};
 
@@ -74,21 +75,30 @@ fn documented() -> OpenApiRouter<Services> {
 }
 
 /// The whole API.
-pub(crate) fn router(services: Services) -> Router {
-    let (documented, _) = documented().split_for_parts();
+pub(crate) fn router(services: Services, extensions: &Extensions) -> Router {
+    let mut described = documented();
+    for extension in extensions.iter() {
+        described = described.merge(extension.routes());
+    }
+    let (documented, document) = described.split_for_parts();
+    let document = openapi::complete(document);
     // The word that Wrenn's SDKs use; the same handlers.
     let (capsules, _) = sandbox_routes().split_for_parts();
-    Router::new()
+    let mut router = Router::new()
         .merge(documented)
         .nest("/v1/capsules", capsules)
-        .merge(meta::undocumented())
+        .merge(meta::undocumented(&document))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         // Bodies are limited where they are read: JSON by the extractor, uploads by the service.
         .layer(DefaultBodyLimit::disable())
         .layer(axum::middleware::from_fn(meta::observe))
         .layer(CatchPanicLayer::custom(panicked))
-        .with_state(services)
+        .with_state(services.clone());
+    for extension in extensions.iter() {
+        router = extension.wrap(&services, router);
+    }
+    router
 }
 
 async fn unknown_route(uri: Uri) -> ApiError {

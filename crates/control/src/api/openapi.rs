@@ -1,8 +1,8 @@
 //! The OpenAPI document, generated from the handlers.
 
 use utoipa::OpenApi as _;
-use utoipa::openapi::{Content, OpenApi, Ref, ResponseBuilder};
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::openapi::{Content, OpenApi, Ref, ResponseBuilder};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -83,9 +83,17 @@ pub(super) fn complete(mut document: OpenApi) -> OpenApi {
         for operation in operations.into_iter().flatten() {
             let takes_input = operation.request_body.is_some() || operation.parameters.is_some();
             let answers = [
-                (takes_input, "400", "`invalid_request`: a value is malformed or out of range"),
+                (
+                    takes_input,
+                    "400",
+                    "`invalid_request`: a value is malformed or out of range",
+                ),
                 (true, "500", "`internal_error`"),
-                (true, "503", "The server cannot work at the moment; `Retry-After` says when to try again"),
+                (
+                    true,
+                    "503",
+                    "The server cannot work at the moment; `Retry-After` says when to try again",
+                ),
             ];
             for (applies, status, words) in answers {
                 if applies && !operation.responses.responses.contains_key(status) {
@@ -94,7 +102,10 @@ pub(super) fn complete(mut document: OpenApi) -> OpenApi {
                         .description(words)
                         .content("application/json", body)
                         .build();
-                    operation.responses.responses.insert(status.to_owned(), response.into());
+                    operation
+                        .responses
+                        .responses
+                        .insert(status.to_owned(), response.into());
                 }
             }
         }

@@ -26,13 +26,14 @@ use crate::store::Store;
 use crate::tasks::Tasks;
 use crate::{Error, ErrorCode, Result};
 
-/// Everything that the services share. Cheap to clone.
+/// The business logic and everything it shares: what the API, the command line and extensions stand on. Cheap to clone.
 #[derive(Clone)]
-pub(crate) struct Services {
+pub struct Services {
     inner: Arc<Inner>,
 }
 
-pub(crate) struct Inner {
+#[doc(hidden)]
+pub struct Inner {
     pub(crate) config: ControlConfig,
     pub(crate) store: Store,
     /// Seals what is stored and has to be read again.
@@ -128,6 +129,12 @@ impl Services {
             self.drive(sandbox.id);
         }
         Ok(())
+    }
+
+    /// The database, for an extension's own tables. The control plane's tables are its own to write.
+    #[must_use]
+    pub fn database(&self) -> &sea_orm::DatabaseConnection {
+        self.store.database()
     }
 
     /// Whether the database answers.

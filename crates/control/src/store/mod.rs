@@ -21,6 +21,8 @@ use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbErr, SqlErr};
 use sea_orm_migration::MigratorTrait;
 
+use crate::extension::Extensions;
+
 pub(crate) use accounts::NewTeamKey;
 pub(crate) use hosts::HostRegistration;
 pub(crate) use sandboxes::{Change, Guard, SandboxFilter};
@@ -45,14 +47,26 @@ pub(crate) struct Store {
 
 impl Store {
     /// Opens the database, creates it if need be, and brings its schema up to date.
-    pub(crate) async fn open(url: Option<&str>, data_dir: &Path) -> Result<Self, DbErr> {
+    pub(crate) async fn open(
+        url: Option<&str>,
+        data_dir: &Path,
+        extensions: &Extensions,
+    ) -> Result<Self, DbErr> {
         let options = match url {
             Some(url) => server(url),
             None => file(data_dir)?,
         };
         let db = Database::connect(options).await?;
         migration::Migrator::up(&db, None).await?;
+        for extension in extensions.iter() {
+            migration::of_extension(&db, extension).await?;
+        }
         Ok(Self { db })
+    }
+
+    /// The connections themselves, for extensions' own tables.
+    pub(crate) fn database(&self) -> &DatabaseConnection {
+        &self.db
     }
 
     /// Whether the database answers.

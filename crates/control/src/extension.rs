@@ -1,0 +1,158 @@
+//! Extensions: what a program of one's own adds to a control plane without changing it.
+//!
+//! An extension brings routes, middleware around all routes, background workers, and tables with migrations of their
+//! own. All of them get [`Services`], which the built-in API itself stands on: they authenticate with the same
+//! extractors, act through the same business logic, and appear in the same OpenAPI document.
+//! `examples/billing` is one, and is tested with everything else.
+
+use std::collections::HashSet;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sea_orm_migration::MigrationTrait;
+use utoipa_axum::router::OpenApiRouter;
+
+use crate::service::Services;
+use crate::tasks::TaskKind;
+use crate::{Error, Result};
+
+/// What a program adds to its control plane. Everything but the name may be left out.
+pub trait Extension: Send + Sync + 'static {
+    /// Names it in logs and in the database: lower-case letters, digits and underscores, at most 40. It must never
+    /// change, since the record of its migrations is kept under it.
+    fn name(&self) -> &'static str;
+
+    /// Its tables, oldest migration first, run after the control plane's own under the same lock. Their record is apart
+    /// from the control plane's, so that neither minds the other's versions. Table names should begin with the
+    /// extension's name.
+    fn migrations(&self) -> Vec<Box<dyn MigrationTrait>> {
+        Vec::new()
+    }
+
+    /// Its routes, described for the OpenAPI document. A path that exists already is a fault of the program: the start
+    /// ends with a panic of the router, before anything is served.
+    fn routes(&self) -> OpenApiRouter<Services> {
+        OpenApiRouter::new()
+    }
+
+    /// Wraps the whole API, its own routes and other extensions' included; the last extension is outermost.
+    fn wrap(&self, services: &Services, router: axum::Router) -> axum::Router {
+        let _ = services;
+        router
+    }
+
+    /// Its background work.
+    fn workers(&self) -> Vec<Worker> {
+        Vec::new()
+    }
+}
+
+type Pass = dyn Fn(Services) -> Pin<Box<dyn Future<Output = Result<()>> + Send>> + Send + Sync;
+
+/// Work that is done again and again, by one control plane of the installation at a time.
+#[derive(Clone)]
+pub struct Worker {
+    name: &'static str,
+    every: Duration,
+    pass: Arc<Pass>,
+}
+
+impl std::fmt::Debug for Worker {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Worker")
+            .field("name", &self.name)
+            .field("every", &self.every)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Worker {
+    /// A worker whose `pass` runs at the start and then `every` so often. A pass that fails is logged and counted, and
+    /// tried again at its next time; it should read everything afresh and be harmless when repeated.
+    pub fn new<F>(
+        name: &'static str,
+        every: Duration,
+        pass: impl Fn(Services) -> F + Send + Sync + 'static,
+    ) -> Self
+    where
+        F: Future<Output = Result<()>> + Send + 'static,
+    {
+        Self {
+            name,
+            every,
+            pass: Arc::new(move |services| Box::pin(pass(services))),
+        }
+    }
+
+    /// Runs one pass now; tests step a worker with it.
+    ///
+    /// # Errors
+    /// What the pass says.
+    pub async fn run_once(&self, services: &Services) -> Result<()> {
+        (self.pass)(services.clone()).await
+    }
+}
+
+/// The extensions of one control plane, in the order in which they were added.
+#[derive(Clone, Default)]
+pub(crate) struct Extensions(Vec<Arc<dyn Extension>>);
+
+impl std::fmt::Debug for Extensions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list()
+            .entries(self.iter().map(|extension| extension.name()))
+            .finish()
+    }
+}
+
+impl Extensions {
+    pub(crate) fn add(&mut self, extension: impl Extension) {
+        self.0.push(Arc::new(extension));
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &dyn Extension> {
+        self.0.iter().map(|extension| &**extension)
+    }
+
+    /// Names become parts of table names, so they are looked at before anything is done under them.
+    pub(crate) fn check(&self) -> Result<()> {
+        let mut seen = HashSet::new();
+        for name in self.iter().map(Extension::name) {
+            let fits = (1..=40).contains(&name.len())
+                && name
+                    .bytes()
+                    .all(|byte| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'_');
+            if !fits {
+                return Err(Error::invalid(format!(
+                    "the extension's name '{name}' must be 1 to 40 lower-case letters, digits and underscores"
+                )));
+            }
+            if !seen.insert(name) {
+                return Err(Error::invalid(format!("two extensions are named '{name}'")));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn start_workers(&self, services: &Services) {
+        for worker in self.iter().flat_map(Extension::workers) {
+            let services = services.clone();
+            services.clone().tasks.spawn(TaskKind::Worker, async move {
+                loop {
+                    if let Err(error) = worker.run_once(&services).await {
+                        metrics::counter!("wrenn_worker_failures_total", "worker" => worker.name)
+                            .increment(1);
+                        tracing::error!(
+                            worker = worker.name,
+                            error = &error as &dyn std::error::Error,
+                            "a pass of an extension's worker failed"
+                        );
+                    }
+                    tokio::time::sleep(worker.every).await;
+                }
+            });
+        }
+    }
+}
