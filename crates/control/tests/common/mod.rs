@@ -12,7 +12,7 @@ use wrenn_proto::id::SandboxId;
 use wrenn_testkit::simhost::SimHost;
 
 /// Longest that anything in these tests may take.
-pub const DEADLINE: Duration = Duration::from_secs(30);
+pub const DEADLINE: Duration = Duration::from_secs(100);
 
 /// One running control plane.
 pub struct Running {

@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 
 /// Long enough for a machine that does ten other things, short enough to fail within a test run.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const PATIENCE: Duration = Duration::from_secs(100);
 
 /// A running agent; it is killed, and its processes with it, when this is dropped.
 pub struct Agent {
