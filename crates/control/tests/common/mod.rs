@@ -9,10 +9,14 @@ use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
 use wrenn_control::{ControlConfig, ControlPlane};
 use wrenn_proto::id::SandboxId;
+use wrenn_testkit::servers::Postgres;
 use wrenn_testkit::simhost::SimHost;
 
 /// Longest that anything in these tests may take.
 pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// All suites run a second time, in the binary of this name: there on PostgreSQL.
+const ON_POSTGRES: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), b"postgres");
 
 /// One running control plane.
 pub struct Running {
@@ -29,7 +33,8 @@ pub struct World {
     pub key: String,
     pub http: reqwest::Client,
     config: ControlConfig,
-    // Last, so that it outlives what uses it.
+    // Last, so that they outlive what uses them.
+    pub postgres: Option<Postgres>,
     _dir: tempfile::TempDir,
 }
 
@@ -77,6 +82,8 @@ impl World {
     pub async fn cold() -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let mut config = ControlConfig::new(dir.path());
+        let postgres = ON_POSTGRES.then(Postgres::start);
+        config.database_url = postgres.as_ref().map(Postgres::url);
         // The tests step the monitor by hand.
         config.timings.monitor_interval = Duration::from_secs(3600);
         config.timings.transient_age = Duration::ZERO;
@@ -99,6 +106,7 @@ impl World {
             key: bootstrap.api_key,
             http: reqwest::Client::new(),
             config,
+            postgres,
             _dir: dir,
         }
     }
@@ -115,6 +123,7 @@ impl World {
             key,
             http,
             mut config,
+            postgres,
             _dir,
         } = self;
         running.stop().await;
@@ -127,6 +136,7 @@ impl World {
             key,
             http,
             config,
+            postgres,
             _dir,
         }
     }
