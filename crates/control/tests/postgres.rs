@@ -6,6 +6,8 @@
 
 #[path = "api.rs"]
 mod api;
+#[path = "events.rs"]
+mod events;
 #[path = "lifecycle.rs"]
 mod lifecycle;
 #[path = "sockets.rs"]

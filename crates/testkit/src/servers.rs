@@ -96,10 +96,9 @@ impl Postgres {
             .arg(dir.path());
         for setting in [
             "listen_addresses=",
-            // The data lasts as long as the test.
+            // The data lasts as long as the test, and survives the server's end, not the machine's.
             "fsync=off",
             "full_page_writes=off",
-            "synchronous_commit=off",
             "autovacuum=off",
             "shared_buffers=16MB",
             "max_connections=100",

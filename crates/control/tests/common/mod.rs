@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use wrenn_control::{ControlConfig, ControlPlane};
+use wrenn_control::{ControlConfig, ControlPlane, MasterSecret};
 use wrenn_proto::id::SandboxId;
 use wrenn_testkit::servers::Postgres;
 use wrenn_testkit::simhost::SimHost;
@@ -32,7 +32,7 @@ pub struct World {
     pub host: SimHost,
     pub key: String,
     pub http: reqwest::Client,
-    config: ControlConfig,
+    pub config: ControlConfig,
     // Last, so that they outlive what uses them.
     pub postgres: Option<Postgres>,
     _dir: tempfile::TempDir,
@@ -80,16 +80,30 @@ impl World {
 
     /// With a registered host that has not sent a heartbeat yet.
     pub async fn cold() -> Self {
+        Self::cold_on(ON_POSTGRES.then(Postgres::start), None).await
+    }
+
+    /// With the template ready, on these servers.
+    pub async fn on(postgres: Postgres, redis_url: Option<String>) -> Self {
+        let world = Self::cold_on(Some(postgres), redis_url).await;
+        world.host.heartbeat().await;
+        world
+    }
+
+    async fn cold_on(postgres: Option<Postgres>, redis_url: Option<String>) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let mut config = ControlConfig::new(dir.path());
-        let postgres = ON_POSTGRES.then(Postgres::start);
         config.database_url = postgres.as_ref().map(Postgres::url);
+        config.redis_url = redis_url;
+        config.secret = Some(MasterSecret::generate().expect("randomness"));
         // The tests step the monitor by hand.
         config.timings.monitor_interval = Duration::from_secs(3600);
         config.timings.transient_age = Duration::ZERO;
         config.timings.orphan_grace = Duration::ZERO;
         config.timings.shutdown_grace = Duration::from_millis(200);
         config.timings.pty_ping = Duration::from_millis(300);
+        config.timings.stream_keepalive = Duration::from_millis(300);
+        config.timings.lease = Duration::from_millis(1500);
         let running = start(config.clone()).await;
         let bootstrap = running
             .control
