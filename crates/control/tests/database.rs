@@ -182,3 +182,19 @@ async fn an_operation_that_loses_the_database_is_taken_up_when_it_is_back() {
     world.postgres.as_mut().expect("PostgreSQL").resume();
     world.until(&sandbox, "paused").await;
 }
+
+#[tokio::test]
+async fn of_several_first_starts_one_makes_the_admin() {
+    let postgres = Postgres::start();
+    let dir = tempfile::tempdir().expect("a directory");
+    let config = config(&postgres, dir.path());
+    let one = ControlPlane::builder(config.clone())
+        .build()
+        .await
+        .expect("it builds");
+    let other = ControlPlane::builder(config).build().await.expect("it builds");
+    let (one, other) = tokio::join!(one.bootstrap(), other.bootstrap());
+    let made = [one.expect("no failure"), other.expect("no failure")];
+    assert_eq!(made.iter().flatten().count(), 1);
+    assert_eq!(postgres.execute("SELECT count(*) FROM users"), "1");
+}

@@ -1,8 +1,8 @@
 //! The OpenAPI document, generated from the handlers.
 
 use utoipa::OpenApi as _;
-use utoipa::openapi::OpenApi;
 use utoipa::openapi::security::{ApiKey, ApiKeyValue, HttpAuthScheme, HttpBuilder, SecurityScheme};
+use utoipa::openapi::{Content, OpenApi, Ref, RefOr, Response, ResponseBuilder};
 
 #[derive(utoipa::OpenApi)]
 #[openapi(
@@ -67,7 +67,37 @@ pub(super) fn base() -> OpenApi {
 
 /// The document of the whole API.
 pub(super) fn document() -> OpenApi {
-    super::documented().into_openapi()
+    let mut document = super::documented().into_openapi();
+    for (path, item) in &mut document.paths.paths {
+        if !path.starts_with("/v1/") {
+            continue;
+        }
+        let operations = [
+            &mut item.get,
+            &mut item.put,
+            &mut item.post,
+            &mut item.delete,
+            &mut item.patch,
+        ];
+        for operation in operations.into_iter().flatten() {
+            // Whatever is asked, the database may be away; said here rather than at every handler.
+            operation
+                .responses
+                .responses
+                .entry("503".to_owned())
+                .or_insert_with(database_unavailable);
+        }
+    }
+    document
+}
+
+fn database_unavailable() -> RefOr<Response> {
+    let body = Content::new(Some(Ref::from_schema_name("ErrorBody")));
+    ResponseBuilder::new()
+        .description("`database_unavailable`")
+        .content("application/json", body)
+        .build()
+        .into()
 }
 
 /// The OpenAPI document as YAML, as committed in `openapi.yaml` and served at `/openapi.yaml`.
