@@ -238,7 +238,7 @@ choose_qemu() {
 }
 
 # keep_idle: Debian's packages of PostgreSQL and Redis would each start a server on its usual port, which
-# nobody here asked for. Prints the folder of a policy-rc.d that forbids it; PostgreSQL's cluster is not made.
+# nobody here asked for. PostgreSQL's is not even made; Redis' is kept from starting by the usual policy-rc.d.
 idle=""
 keep_idle() {
   case " ${packages[*]} " in *" postgresql "*)
