@@ -104,6 +104,9 @@ impl World {
         config.timings.pty_ping = Duration::from_millis(300);
         config.timings.stream_keepalive = Duration::from_millis(300);
         config.timings.lease = Duration::from_millis(1500);
+        // What a killed instance had taken is somebody else's soon.
+        config.timings.event_claim = Duration::from_secs(1);
+        config.timings.event_repeat = Duration::from_secs(5);
         let running = start(config.clone()).await;
         let bootstrap = running
             .control
