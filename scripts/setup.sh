@@ -59,6 +59,14 @@ cargo_version() {
   return 0
 }
 
+# The folder of PostgreSQL's server programs, or nothing. Debian keeps them out of the PATH.
+postgres() {
+  local found
+  found=$(compgen -G '/usr/lib/postgresql/*/bin/initdb' | sort -V | tail -n 1) || true
+  [ -n "$found" ] || found=$(command -v initdb) || return 0
+  printf '%s' "${found%/initdb}"
+}
+
 # ---------------------------------------------------------------- what is missing
 packages=()
 reasons=()
@@ -88,6 +96,9 @@ if [ "$purpose" = test ]; then
     /usr/bin/python3) compgen -G '/usr/lib/python3*/ensurepip/__init__.py' >/dev/null ||
       need python3-venv "isolates the Python SDKs for the tests" ;;
   esac
+  # The tests start servers of their own, on free ports, in folders of their own.
+  [ -n "$(postgres)" ] || need postgresql "the control plane's tests run on PostgreSQL too (initdb, postgres)"
+  have redis-server || need redis-server "the control plane's tests run several instances over Redis"
 fi
 cargo=$(cargo_version)
 want_cargo=""
@@ -226,6 +237,32 @@ choose_qemu() {
   fi
 }
 
+# keep_idle: Debian's packages of PostgreSQL and Redis would each start a server on its usual port, which
+# nobody here asked for. PostgreSQL's is not even made; Redis' is kept from starting by the usual policy-rc.d.
+idle=""
+keep_idle() {
+  case " ${packages[*]} " in *" postgresql "*)
+    local conf=/etc/postgresql-common/createcluster.d/wrenn.conf
+    "${as_root[@]}" mkdir -p "${conf%/*}"
+    printf '# Written by Wrenn: its tests start servers of their own, so no cluster is made here.\ncreate_main_cluster = false\n' |
+      "${as_root[@]}" tee "$conf" >/dev/null ;;
+  esac
+  case " ${packages[*]} " in *" redis-server "*) ;; *) return 0 ;; esac
+  # A policy that is there already was somebody's decision.
+  [ ! -e /usr/sbin/policy-rc.d ] || return 0
+  printf '#!/bin/sh\nexit 101\n' | "${as_root[@]}" tee /usr/sbin/policy-rc.d >/dev/null
+  "${as_root[@]}" chmod 0755 /usr/sbin/policy-rc.d
+  idle=yes
+  trap end_idle EXIT
+}
+# Services may start again; Redis stays off at the next boot too, where systemd would start it.
+end_idle() {
+  [ -n "$idle" ] || return 0
+  idle=""
+  "${as_root[@]}" rm -f /usr/sbin/policy-rc.d
+  if [ -d /run/systemd/system ]; then "${as_root[@]}" systemctl disable --quiet redis-server.service >/dev/null 2>&1 || true; fi
+}
+
 # Installs the list. Packages of QEMU go by themselves when they come from backports, so that nothing
 # else is taken from there but what they depend on.
 install_all() {
@@ -251,6 +288,7 @@ if [ -n "$apt_ready" ]; then
     say "setup: to be installed with apt:"
     for i in "${!packages[@]}"; do printf '  %-34s %s\n' "${packages[$i]}" "${reasons[$i]}" >&2; done
     need_root
+    keep_idle
     # The lists may be older than the archive; only a failure is worth the download of new ones.
     if ! install_all; then
       advice="repair what apt names (often: sudo dpkg --configure -a; sudo apt-get --fix-broken install), then run this again"
@@ -258,6 +296,7 @@ if [ -n "$apt_ready" ]; then
       refresh
       install_all || fail "apt could not install the packages (see above)" "$advice"
     fi
+    end_idle
   fi
 else
   if [ -n "$want_qemu" ] && { [ -z "$qemu" ] || ! at_least $minimum_qemu "$qemu"; }; then need qemu-system-x86 "runs the sandboxes ($minimum_qemu or newer)"; fi
@@ -292,6 +331,10 @@ at_least $minimum_qemu "$qemu" || fail "QEMU $qemu is too old; $minimum_qemu is 
 for tool in qemu-img mmdebstrap mke2fs dpkg-deb curl make cc; do
   have "$tool" || fail "'$tool' is still missing" "install the package that provides it, then run this again"
 done
+if [ "$purpose" = test ]; then
+  have redis-server || fail "'redis-server' is still missing" "install the package that provides it, then run this again"
+  [ -n "$(postgres)" ] || fail "PostgreSQL's initdb is still missing" "install PostgreSQL 15 or newer, then run this again"
+fi
 if [ ${#packages[@]} -gt 0 ]; then
   say "setup: ready (QEMU $qemu, cargo $cargo; installed ${#packages[@]} packages)"
 else

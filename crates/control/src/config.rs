@@ -109,6 +109,16 @@ pub struct Timings {
     pub snapshot_wait: Duration,
     /// Between two `ping` frames of a terminal.
     pub pty_ping: Duration,
+    /// How long an instance that runs the background passes may be silent before another takes over.
+    pub lease: Duration,
+    /// After this long an event that nobody took in is told again.
+    pub event_repeat: Duration,
+    /// After this long an event that an instance took from the stream is somebody else's.
+    pub event_claim: Duration,
+    /// How long events are kept for streams that come back.
+    pub event_retention: Duration,
+    /// Between two signs of life on a stream of events.
+    pub stream_keepalive: Duration,
     /// What is left of background work at shutdown.
     pub shutdown_grace: Duration,
 }
@@ -125,6 +135,11 @@ impl Default for Timings {
             short_rpc: Duration::from_secs(30),
             snapshot_wait: Duration::from_secs(60),
             pty_ping: Duration::from_secs(30),
+            lease: Duration::from_secs(15),
+            event_repeat: Duration::from_secs(60),
+            event_claim: Duration::from_secs(30),
+            event_retention: Duration::from_secs(24 * 3600),
+            stream_keepalive: Duration::from_secs(15),
             shutdown_grace: Duration::from_secs(10),
         }
     }

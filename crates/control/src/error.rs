@@ -37,13 +37,15 @@ pub enum ErrorCode {
     AgentError,
     /// It took longer than allowed.
     Timeout,
+    /// The database does not answer.
+    DatabaseUnavailable,
     /// A fault of the server.
     InternalError,
 }
 
 impl ErrorCode {
     /// All codes; the documentation's test walks them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 14] = [
         Self::InvalidRequest,
         Self::Unauthorized,
         Self::Forbidden,
@@ -56,6 +58,7 @@ impl ErrorCode {
         Self::HostUnavailable,
         Self::AgentError,
         Self::Timeout,
+        Self::DatabaseUnavailable,
         Self::InternalError,
     ];
 
@@ -75,6 +78,7 @@ impl ErrorCode {
             Self::HostUnavailable => "host_unavailable",
             Self::AgentError => "agent_error",
             Self::Timeout => "timeout",
+            Self::DatabaseUnavailable => "database_unavailable",
             Self::InternalError => "internal_error",
         }
     }
@@ -157,6 +161,14 @@ impl From<Denied> for Error {
 
 impl From<sea_orm::DbErr> for Error {
     fn from(cause: sea_orm::DbErr) -> Self {
-        Self::internal(cause)
+        if !crate::store::is_unavailable(&cause) {
+            return Self::internal(cause);
+        }
+        metrics::counter!("wrenn_database_unavailable_total").increment(1);
+        Self {
+            code: ErrorCode::DatabaseUnavailable,
+            message: "the database does not answer at the moment; try again in a few seconds".to_owned(),
+            cause: Some(cause.into()),
+        }
     }
 }

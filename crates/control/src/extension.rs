@@ -18,6 +18,9 @@ use crate::service::Services;
 use crate::tasks::TaskKind;
 use crate::{Error, Result};
 
+/// How often an instance that does not lead looks whether it does by now.
+const FOLLOWER_LOOK: Duration = Duration::from_secs(1);
+
 /// What a program adds to its control plane. Everything but the name may be left out.
 pub trait Extension: Send + Sync + 'static {
     /// Names it in logs and in the database: lower-case letters, digits and underscores, at most 40. It must never
@@ -141,6 +144,10 @@ impl Extensions {
             let services = services.clone();
             services.clone().tasks.spawn(TaskKind::Worker, async move {
                 loop {
+                    if !services.leads() {
+                        tokio::time::sleep(FOLLOWER_LOOK).await;
+                        continue;
+                    }
                     if let Err(error) = worker.run_once(&services).await {
                         metrics::counter!("wrenn_worker_failures_total", "worker" => worker.name)
                             .increment(1);

@@ -33,6 +33,7 @@ pub use config::ControlConfig;
 pub use error::{Error, ErrorCode, Result};
 pub use service::Services;
 pub use service::bootstrap::{Bootstrap, HostToken};
+pub use service::events::RelayPass;
 pub use service::monitor::MonitorPass;
 
 use domain::{HostId, TeamId};
@@ -61,9 +62,45 @@ impl ControlPlaneBuilder {
     pub async fn build(self) -> Result<ControlPlane> {
         let Self { config, extensions } = self;
         extensions.check()?;
-        let store = store::Store::open(config.database_url.as_deref(), &config.data_dir, &extensions).await?;
+        let store = open_store(&config, &extensions).await?;
         let services = Services::new(config, store)?;
         Ok(ControlPlane { services, extensions })
+    }
+}
+
+/// A step of a database's schema.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MigrationState {
+    /// Its name; names are in the order of application.
+    pub name: String,
+    /// Whether the database has it.
+    pub applied: bool,
+    /// Whether this program has it; a newer one made it otherwise.
+    pub known: bool,
+}
+
+async fn open_store(config: &ControlConfig, extensions: &Extensions) -> Result<store::Store> {
+    if config.database_url.is_some() && config.secret.is_none() {
+        return Err(Error::invalid(
+            "with PostgreSQL the installation's secret key has to be given, the same for all control planes: set \
+             WRENN_SECRET_KEY to the output of `openssl rand -hex 32`, and keep it",
+        ));
+    }
+    store::Store::open(config.database_url.as_deref(), &config.data_dir, extensions)
+        .await
+        .map_err(unopened)
+}
+
+/// The operator who starts a program reads its errors, unlike a client.
+fn unopened(cause: sea_orm::DbErr) -> Error {
+    let message = match &cause {
+        sea_orm::DbErr::Migration(told) => told.clone(),
+        other if store::is_unavailable(other) => format!("the database cannot be reached: {other}"),
+        other => format!("the database cannot be used: {other}"),
+    };
+    Error {
+        message,
+        ..Error::from(cause)
     }
 }
 
@@ -83,6 +120,38 @@ impl std::fmt::Debug for ControlPlane {
 }
 
 impl ControlPlane {
+    /// Brings a database's schema up to date without serving; returns where it stands then.
+    ///
+    /// # Errors
+    /// The database cannot be opened or migrated, or is newer than this program.
+    pub async fn migrate(config: &ControlConfig) -> Result<Vec<MigrationState>> {
+        open_store(config, &Extensions::default()).await?.close().await?;
+        Self::migration_status(config).await
+    }
+
+    /// Where a database's schema stands: every migration that this program knows, oldest first, then those that it
+    /// does not know. Changes nothing.
+    ///
+    /// # Errors
+    /// The database cannot be opened.
+    pub async fn migration_status(config: &ControlConfig) -> Result<Vec<MigrationState>> {
+        let store::Schema { known, unknown } =
+            store::Store::schema(config.database_url.as_deref(), &config.data_dir)
+                .await
+                .map_err(unopened)?;
+        let known = known.into_iter().map(|(name, applied)| MigrationState {
+            name,
+            applied,
+            known: true,
+        });
+        let unknown = unknown.into_iter().map(|name| MigrationState {
+            name,
+            applied: true,
+            known: false,
+        });
+        Ok(known.chain(unknown).collect())
+    }
+
     /// Starts with a configuration.
     #[must_use]
     pub fn builder(config: ControlConfig) -> ControlPlaneBuilder {
@@ -134,6 +203,22 @@ impl ControlPlane {
         self.services.monitor_pass().await
     }
 
+    /// Tells now what happened and was not told yet; returns how much that was.
+    ///
+    /// # Errors
+    /// The database failed, or Redis is away.
+    pub async fn relay(&self) -> Result<RelayPass> {
+        self.services.relay_pass().await
+    }
+
+    /// Renews this instance's leases now; returns whether the background passes are its own.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn renew_leases(&self) -> Result<bool> {
+        self.services.lease_pass().await
+    }
+
     /// The HTTP API.
     pub fn router(&self) -> axum::Router {
         api::router(self.services.clone(), &self.extensions)
@@ -152,7 +237,10 @@ impl ControlPlane {
     /// The database failed.
     pub async fn start_background(&self) -> Result<()> {
         self.services.take_up_unfinished().await?;
+        self.services.start_leadership();
         self.services.start_monitor();
+        self.services.start_events();
+        self.services.start_pruning();
         self.extensions.start_workers(&self.services);
         Ok(())
     }
@@ -207,6 +295,8 @@ impl ControlPlane {
             .tasks
             .shut_down(self.services.config.timings.shutdown_grace)
             .await;
+        self.services.resign().await;
+        self.services.leave_stream().await;
         if let Err(error) = self.services.store.clone().close().await {
             tracing::warn!(%error, "the database did not close cleanly");
         }

@@ -67,3 +67,25 @@ fn every_error_code_is_explained() {
         "the page explains codes that do not exist"
     );
 }
+
+/// Suites that need no database, or bring their own.
+const ONE_DATABASE: [&str; 4] = ["contract", "postgres", "database", "fleet"];
+
+#[test]
+fn every_suite_runs_on_postgres_too() {
+    let folder = root().join("crates/control/tests");
+    let listed = std::fs::read_to_string(folder.join("postgres.rs")).expect("the list");
+    for entry in std::fs::read_dir(&folder).expect("the suites") {
+        let path = entry.expect("an entry").path();
+        let Some(suite) = path
+            .file_name()
+            .and_then(|name| name.to_str()?.strip_suffix(".rs"))
+        else {
+            continue;
+        };
+        assert!(
+            ONE_DATABASE.contains(&suite) || listed.contains(&format!("#[path = \"{suite}.rs\"]")),
+            "tests/{suite}.rs is not in tests/postgres.rs"
+        );
+    }
+}

@@ -28,7 +28,9 @@ pub(crate) fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         ErrorCode::InvalidState | ErrorCode::Conflict => StatusCode::CONFLICT,
         ErrorCode::PayloadTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
-        ErrorCode::NoCapacity | ErrorCode::HostUnavailable => StatusCode::SERVICE_UNAVAILABLE,
+        ErrorCode::NoCapacity | ErrorCode::HostUnavailable | ErrorCode::DatabaseUnavailable => {
+            StatusCode::SERVICE_UNAVAILABLE
+        }
         ErrorCode::AgentError => StatusCode::BAD_GATEWAY,
         ErrorCode::Timeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::InternalError => StatusCode::INTERNAL_SERVER_ERROR,
@@ -41,6 +43,8 @@ impl IntoResponse for ApiError {
         let status = status(error.code);
         if status == StatusCode::INTERNAL_SERVER_ERROR {
             tracing::error!(error = &error as &dyn std::error::Error, "a request failed");
+        } else if error.code == ErrorCode::DatabaseUnavailable {
+            tracing::warn!(error = &error as &dyn std::error::Error, "a request failed");
         } else {
             tracing::debug!(
                 code = error.code.as_str(),

@@ -4,6 +4,7 @@
 //! at the edges, so that neither a public field nor a column can change the meaning of the logic in
 //! the middle by accident.
 
+pub(crate) mod event;
 pub mod lifecycle;
 
 use std::collections::BTreeMap;

@@ -58,7 +58,7 @@ impl Services {
         }
         let key = auth::new_api_key()?;
         let email = "admin@localhost".to_owned();
-        let (user_id, team_id, key_id) = self
+        let created = self
             .store
             .create_admin(NewTeamKey {
                 email: &email,
@@ -69,7 +69,13 @@ impl Services {
                 key_hash: &auth::hash(&key),
                 key_prefix: visible(&key),
             })
-            .await?;
+            .await;
+        let (user_id, team_id, key_id) = match created {
+            Ok(ids) => ids,
+            // Another control plane starts at the same time, and was faster.
+            Err(error) if crate::store::is_duplicate(&error) => return Ok(None),
+            Err(error) => return Err(error.into()),
+        };
         Ok(Some(Bootstrap {
             user_id,
             email,

@@ -9,6 +9,7 @@ use super::Services;
 use crate::auth;
 use crate::domain::lifecycle::{HostState, Source, Verdict, apply_report};
 use crate::domain::{Failure, Host, HostId, Millis, SandboxId, TemplateId, now};
+use crate::events::Event;
 use crate::hosts::rpc;
 use crate::store::{Change, HostRegistration, Outcome};
 use crate::{Error, ErrorCode, Result};
@@ -92,6 +93,7 @@ impl Services {
                 )
             })?;
         tracing::info!(%host, address, "a host registered");
+        self.bus.publish(Event::Outbox);
         Ok(RegisteredHost {
             host_id: host.to_string(),
             token: tokens.token,
@@ -169,6 +171,7 @@ impl Services {
         }
         if back {
             tracing::info!(host = %host.id, "a host is back");
+            self.bus.publish(Event::Outbox);
             self.poke();
             self.take_up_unfinished_on(host.id).await?;
         }

@@ -5,8 +5,10 @@
 pub(crate) mod access;
 pub(crate) mod bootstrap;
 mod drive;
+pub(crate) mod events;
 pub(crate) mod files;
 pub(crate) mod hosts;
+mod leader;
 pub(crate) mod monitor;
 pub(crate) mod processes;
 pub(crate) mod sandboxes;
@@ -20,7 +22,8 @@ use crate::auth::jwt::Sessions;
 use crate::auth::secrets::MasterSecret;
 use crate::config::ControlConfig;
 use crate::domain::{HostId, Principal, Sandbox, SandboxId, SandboxStatus};
-use crate::events::Bus;
+use crate::events::redis::Link;
+use crate::events::{Bus, Event};
 use crate::hosts::{Client, Pool, Scheduler};
 use crate::store::Store;
 use crate::tasks::Tasks;
@@ -41,6 +44,11 @@ pub struct Inner {
     pub(crate) sessions: Sessions,
     pub(crate) bus: Bus,
     pub(crate) tasks: Tasks,
+    /// The way to the other instances, if there is one.
+    link: Option<Link>,
+    /// Wake-ups for them, until somebody carries these.
+    carry: Mutex<Option<tokio::sync::mpsc::Receiver<Event>>>,
+    leadership: leader::Leadership,
     pool: Pool,
     scheduler: Scheduler,
     /// Decisions that a task of this process carries at the moment, and whether they were asked for again since.
@@ -63,14 +71,25 @@ impl Services {
             Some(secret) => secret.clone(),
             None => crate::config::kept_secret(&config.data_dir)?,
         };
+        let instance = uuid::Uuid::new_v4();
+        let (link, bus, carry) = match &config.redis_url {
+            Some(url) => {
+                let (bus, carry) = Bus::carried();
+                (Some(Link::new(url, &secret, instance)?), bus, Some(carry))
+            }
+            None => (None, Bus::in_process(), None),
+        };
         Ok(Self {
             inner: Arc::new(Inner {
                 sessions: Sessions::new(&secret),
                 secret,
                 config,
                 store,
-                bus: Bus::in_process(),
+                bus,
                 tasks: Tasks::default(),
+                link,
+                carry: Mutex::new(carry),
+                leadership: leader::Leadership::new(instance),
                 pool: Pool::new(),
                 scheduler: Scheduler::default(),
                 driven: Mutex::default(),
@@ -149,8 +168,11 @@ impl Services {
         Ok((self.store.sandbox_counts().await?, self.store.hosts().await?))
     }
 
-    /// Starts the monitor's next pass now.
+    /// Starts the monitor's next pass now, on the instance where it runs.
     pub(crate) fn poke(&self) {
         self.poke.notify_one();
+        if !self.leads() {
+            self.bus.publish(Event::Poke);
+        }
     }
 }

@@ -40,12 +40,16 @@ impl Services {
     pub(crate) fn start_monitor(&self) {
         let services = self.clone();
         self.tasks.spawn(TaskKind::Monitor, async move {
+            let mut changes = services.bus.subscribe();
             loop {
                 tokio::select! {
                     () = tokio::time::sleep(services.config.timings.monitor_interval) => {}
                     () = services.poke.notified() => {}
+                    () = changes.poked() => {}
                 }
-                services.monitor_pass_logged().await;
+                if services.leads() {
+                    services.monitor_pass_logged().await;
+                }
             }
         });
     }
@@ -66,6 +70,7 @@ impl Services {
         let silence = millis(self.config.timings.host_silence);
         for host in self.store.hosts_fall_silent(now() - silence).await? {
             tracing::warn!(%host, "a host fell silent");
+            self.bus.publish(Event::Outbox);
             pass.hosts_lost += 1;
         }
         // Also hosts that fell silent in an earlier pass that did not get further.

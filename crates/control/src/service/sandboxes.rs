@@ -90,6 +90,7 @@ impl Services {
             status_at: now,
         };
         self.store.sandbox_insert(&sandbox).await?;
+        self.bus.publish(Event::Sandbox(sandbox.id));
         self.drive(sandbox.id);
         Ok(Accepted {
             generation: sandbox.generation,

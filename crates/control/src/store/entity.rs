@@ -215,3 +215,32 @@ table!(sandbox, "sandboxes", {
     pub updated_at: i64,
     pub status_at: i64,
 });
+
+table!(event, "events", {
+    #[sea_orm(primary_key)]
+    pub id: i64,
+    pub seq: Option<i64>,
+    pub team_id: Uuid,
+    pub kind: String,
+    pub outcome: Option<String>,
+    pub resource_type: String,
+    pub resource_id: String,
+    pub payload: String,
+    pub created_at: i64,
+    pub published_at: Option<i64>,
+    pub consumed_at: Option<i64>,
+    pub attempts: i32,
+});
+
+table!(event_cursor, "event_cursor", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: i32,
+    pub value: i64,
+});
+
+table!(lease, "leases", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub name: String,
+    pub holder: Uuid,
+    pub expires_at: i64,
+});

@@ -6,8 +6,10 @@ use sea_orm::{
 };
 
 use super::entity::{host, host_refresh_token, host_token, template_host};
+use super::events::record;
 use super::{Store, big, corrupt, int, unsigned};
-use crate::domain::{Host, HostId, HostStatus, Millis, TemplateId, UserId, now};
+use crate::domain::event::{EventKind, EventPayload, NewEvent};
+use crate::domain::{Host, HostId, HostStatus, Millis, TeamId, TemplateId, UserId, now};
 
 /// What an agent tells about its machine, with the tokens it gets (hashed, but for the one that the
 /// control plane has to present).
@@ -156,6 +158,7 @@ impl Store {
         refresh_row(HostId(token.host_id), refresh_hash, refresh_expires_at, now)
             .insert(&transaction)
             .await?;
+        record(&transaction, host_event(EventKind::HostUp, HostId(token.host_id))).await?;
         transaction.commit().await?;
         Ok(Some(HostId(token.host_id)))
     }
@@ -239,14 +242,19 @@ impl Store {
             .filter(host::Column::Id.eq(id.0))
             .exec(&self.db)
             .await?;
+        let transaction = self.db.begin().await?;
         let back = host::Entity::update_many()
             .col_expr(host::Column::Status, HostStatus::Online.as_str().into())
             .filter(host::Column::Id.eq(id.0))
             .filter(
                 host::Column::Status.is_in([HostStatus::Unreachable.as_str(), HostStatus::Offline.as_str()]),
             )
-            .exec(&self.db)
+            .exec(&transaction)
             .await?;
+        if back.rows_affected > 0 {
+            record(&transaction, host_event(EventKind::HostUp, id)).await?;
+        }
+        transaction.commit().await?;
         Ok(back.rows_affected > 0)
     }
 
@@ -271,16 +279,19 @@ impl Store {
             .await?;
         let mut fallen = Vec::new();
         for row in silent {
+            let transaction = self.db.begin().await?;
             let updated = host::Entity::update_many()
                 .col_expr(host::Column::Status, HostStatus::Unreachable.as_str().into())
                 .filter(host::Column::Id.eq(row.id))
                 .filter(host::Column::Status.is_in(alive))
                 .filter(host::Column::LastHeartbeatAt.lt(heard_before))
-                .exec(&self.db)
+                .exec(&transaction)
                 .await?;
             if updated.rows_affected == 1 {
+                record(&transaction, host_event(EventKind::HostDown, HostId(row.id))).await?;
                 fallen.push(HostId(row.id));
             }
+            transaction.commit().await?;
         }
         Ok(fallen)
     }
@@ -333,6 +344,17 @@ impl Store {
             .all(&self.db)
             .await?;
         rows.into_iter().map(domain).collect()
+    }
+}
+
+/// Hosts serve all teams, so that their events are the platform's.
+fn host_event(kind: EventKind, id: HostId) -> NewEvent {
+    NewEvent {
+        team: TeamId::PLATFORM,
+        kind,
+        outcome: None,
+        resource: id.to_string(),
+        payload: EventPayload::default(),
     }
 }
 

@@ -9,8 +9,11 @@
 
 mod accounts;
 mod entity;
+mod events;
 mod hosts;
+mod leases;
 mod migration;
+mod migrations;
 mod sandboxes;
 mod templates;
 
@@ -19,13 +22,17 @@ use std::time::Duration;
 
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbErr, SqlErr};
-use sea_orm_migration::MigratorTrait;
 
 use crate::extension::Extensions;
 
 pub(crate) use accounts::NewTeamKey;
 pub(crate) use hosts::HostRegistration;
 pub(crate) use sandboxes::{Change, Guard, SandboxFilter};
+
+pub(crate) use migrations::Schema;
+
+/// The SQLite database in the data directory.
+const FILE: &str = "control.db";
 
 /// What became of a conditional update.
 #[must_use = "a stale or missing record has to be handled"]
@@ -57,16 +64,26 @@ impl Store {
             None => file(data_dir)?,
         };
         let db = Database::connect(options).await?;
-        migration::Migrator::up(&db, None).await?;
-        for extension in extensions.iter() {
-            migration::of_extension(&db, extension).await?;
-        }
+        migrations::up(&db, extensions).await?;
         Ok(Self { db })
     }
 
     /// The connections themselves, for extensions' own tables.
     pub(crate) fn database(&self) -> &DatabaseConnection {
         &self.db
+    }
+
+    /// Where the schema of a database stands; changes nothing in it.
+    pub(crate) async fn schema(url: Option<&str>, data_dir: &Path) -> Result<migrations::Schema, DbErr> {
+        let options = match url {
+            Some(url) => server(url),
+            None if data_dir.join(FILE).exists() => file(data_dir)?,
+            None => return Ok(migrations::Schema::empty()),
+        };
+        let db = Database::connect(options).await?;
+        let schema = migrations::schema(&db).await;
+        db.close().await?;
+        schema
     }
 
     /// Whether the database answers.
@@ -84,7 +101,9 @@ fn server(url: &str) -> ConnectOptions {
     let mut options = ConnectOptions::new(url);
     options
         .max_connections(20)
-        .acquire_timeout(Duration::from_secs(10))
+        // A request rather fails than hangs: without the database it can do nothing, and the client can come back.
+        .acquire_timeout(Duration::from_secs(3))
+        .connect_timeout(Duration::from_secs(3))
         .sqlx_logging(false);
     options
 }
@@ -92,7 +111,7 @@ fn server(url: &str) -> ConnectOptions {
 fn file(data_dir: &Path) -> Result<ConnectOptions, DbErr> {
     std::fs::create_dir_all(data_dir)
         .map_err(|error| DbErr::Custom(format!("cannot create {}: {error}", data_dir.display())))?;
-    let path = data_dir.join("control.db");
+    let path = data_dir.join(FILE);
     let mut options = ConnectOptions::new("sqlite://control.db?mode=rwc");
     options
         .max_connections(8)
@@ -114,6 +133,29 @@ fn file(data_dir: &Path) -> Result<ConnectOptions, DbErr> {
 /// Whether a write failed because a unique value is taken.
 pub(crate) fn is_duplicate(error: &DbErr) -> bool {
     matches!(error.sql_err(), Some(SqlErr::UniqueConstraintViolation(_)))
+}
+
+/// Whether a statement failed because the database cannot be reached or takes nothing at the moment, rather than
+/// because of what it says.
+pub(crate) fn is_unavailable(error: &DbErr) -> bool {
+    use sea_orm::RuntimeErr;
+    use sea_orm::sqlx::Error as Sqlx;
+    let (DbErr::Conn(RuntimeErr::SqlxError(error))
+    | DbErr::Exec(RuntimeErr::SqlxError(error))
+    | DbErr::Query(RuntimeErr::SqlxError(error))) = error
+    else {
+        return matches!(error, DbErr::ConnectionAcquire(_) | DbErr::Conn(_));
+    };
+    match &**error {
+        Sqlx::Io(_) | Sqlx::Tls(_) | Sqlx::PoolTimedOut | Sqlx::PoolClosed | Sqlx::WorkerCrashed => true,
+        Sqlx::Database(refusal) => refusal.code().is_some_and(|code| {
+            // PostgreSQL: connection lost, too many of them, shutting down or starting, a standby, a lock not got.
+            let classes = ["08", "53", "57P", "25006", "55P03"];
+            // SQLite: another process writes for too long.
+            classes.iter().any(|class| code.starts_with(class)) || code == "5" || code == "517"
+        }),
+        _ => false,
+    }
 }
 
 /// A stored word or document that this version does not understand.

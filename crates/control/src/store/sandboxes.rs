@@ -1,16 +1,18 @@
 //! Sandboxes: records, and the conditional updates that move them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, ExprTrait};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, Condition, DbErr, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
-    QuerySelect,
+    QuerySelect, TransactionTrait,
 };
 
 use super::entity::sandbox::{ActiveModel, Column, Entity, Model};
+use super::events::record;
 use super::{Outcome, Store, big, corrupt, int, unsigned};
+use crate::domain::event::NewEvent;
 use crate::domain::{Failure, HostId, Millis, Sandbox, SandboxId, SandboxStatus, TeamId, TemplateId, now};
 
 /// What the caller believes about a record; the update happens only if it is so.
@@ -18,6 +20,8 @@ use crate::domain::{Failure, HostId, Millis, Sandbox, SandboxId, SandboxStatus, 
 pub(crate) struct Guard {
     pub(crate) status: SandboxStatus,
     pub(crate) generation: u64,
+    /// Whose it is; that never changes.
+    team: TeamId,
 }
 
 impl From<&Sandbox> for Guard {
@@ -25,6 +29,7 @@ impl From<&Sandbox> for Guard {
         Self {
             status: sandbox.status,
             generation: sandbox.generation,
+            team: sandbox.team,
         }
     }
 }
@@ -116,7 +121,11 @@ pub(crate) struct SandboxFilter {
 impl Store {
     /// Adds a record.
     pub(crate) async fn sandbox_insert(&self, sandbox: &Sandbox) -> Result<(), DbErr> {
-        row(sandbox)?.insert(&self.db).await.map(drop)
+        let created = NewEvent::sandbox(sandbox.team, sandbox.id, None, sandbox.status, None);
+        let transaction = self.db.begin().await?;
+        row(sandbox)?.insert(&transaction).await?;
+        record(&transaction, created).await?;
+        transaction.commit().await
     }
 
     /// One record, whoever owns it.
@@ -140,6 +149,22 @@ impl Store {
             .await?
             .map(domain)
             .transpose()
+    }
+
+    /// Those of a team's sandboxes that these ids name.
+    pub(crate) async fn sandboxes_by_id(
+        &self,
+        team: TeamId,
+        ids: &BTreeSet<SandboxId>,
+    ) -> Result<Vec<Sandbox>, DbErr> {
+        Entity::find()
+            .filter(Column::TeamId.eq(team.0))
+            .filter(Column::Id.is_in(ids.iter().map(|id| id.0)))
+            .all(&self.db)
+            .await?
+            .into_iter()
+            .map(domain)
+            .collect()
     }
 
     /// A team's sandboxes, newest first.
@@ -238,7 +263,7 @@ impl Store {
             .await
     }
 
-    /// The one way a status changes.
+    /// The one way a status changes; the event that tells of it is written with it.
     pub(crate) async fn sandbox_change(
         &self,
         id: SandboxId,
@@ -257,6 +282,13 @@ impl Store {
             envs,
         } = change;
         let now = now();
+        let told = NewEvent::sandbox(
+            guard.team,
+            id,
+            Some(guard.status),
+            to,
+            failure.as_ref().map(|failure| failure.message.as_str()),
+        );
         let mut update = Entity::update_many()
             .col_expr(Column::Status, to.as_str().into())
             .col_expr(
@@ -298,15 +330,22 @@ impl Store {
         if envs {
             update = update.col_expr(Column::Envs, "{}".into());
         }
+        let transaction = self.db.begin().await?;
         let result = update
             .filter(Column::Id.eq(id.0))
             .filter(Column::Status.eq(guard.status.as_str()))
             .filter(Column::Generation.eq(big(guard.generation)))
-            .exec(&self.db)
+            .exec(&transaction)
             .await?;
         if result.rows_affected == 1 {
+            // Another generation in the same status (a start on another host) is no change that anybody follows.
+            if guard.status != to {
+                record(&transaction, told).await?;
+            }
+            transaction.commit().await?;
             return Ok(Outcome::Updated);
         }
+        transaction.rollback().await?;
         let exists = Entity::find_by_id(id.0).count(&self.db).await? > 0;
         Ok(if exists { Outcome::Stale } else { Outcome::Missing })
     }

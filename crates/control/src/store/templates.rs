@@ -9,7 +9,9 @@ use sea_orm::{
 
 use super::entity::template::{ActiveModel, Column, Entity, Model};
 use super::entity::{template_alias, template_host};
+use super::events::record;
 use super::{Store, big, corrupt, int, unsigned};
+use crate::domain::event::{EventKind, EventOutcome, EventPayload, NewEvent};
 use crate::domain::{HostId, TeamId, Template, TemplateId, TemplateKind, TemplateStatus, now};
 
 /// Marks a template whose files are being removed; clients do not see it any more.
@@ -200,25 +202,65 @@ impl Store {
             .on_conflict(holder_conflict())
             .exec_without_returning(&transaction)
             .await?;
+        // Repeated after a crash, it is no news any more.
+        if row.kind == kind_word(TemplateKind::Snapshot) && row.status != status_word(TemplateStatus::Ready) {
+            let name = row.final_name.as_deref().unwrap_or(&row.name);
+            record(
+                &transaction,
+                snapshot_event(EventKind::SnapshotCreate, id, TeamId(row.team_id), name),
+            )
+            .await?;
+        }
         transaction.commit().await
     }
 
-    /// Forgets a template's row; its holders' rows go with it.
+    /// Forgets a template's row; its holders' rows go with it. A snapshot that clients could see until now is told of
+    /// as deleted.
     pub(crate) async fn template_forget(&self, id: TemplateId) -> Result<(), DbErr> {
-        Entity::delete_by_id(id.0).exec(&self.db).await.map(drop)
+        let Some(row) = Entity::find_by_id(id.0).one(&self.db).await? else {
+            return Ok(());
+        };
+        let transaction = self.db.begin().await?;
+        let deleted = Entity::delete_by_id(id.0).exec(&transaction).await?;
+        if deleted.rows_affected == 1
+            && row.status == status_word(TemplateStatus::Ready)
+            && row.kind == kind_word(TemplateKind::Snapshot)
+        {
+            record(
+                &transaction,
+                snapshot_event(EventKind::SnapshotDelete, id, TeamId(row.team_id), &row.name),
+            )
+            .await?;
+        }
+        transaction.commit().await
     }
 
     /// Hides a template from clients and frees its name, before its files are removed.
     pub(crate) async fn template_mark_deleting(&self, id: TemplateId, name: &str) -> Result<bool, DbErr> {
+        let transaction = self.db.begin().await?;
         let updated = Entity::update_many()
             .col_expr(Column::Status, DELETING.into())
             .col_expr(Column::Name, format!("{name}~{id}").into())
             .col_expr(Column::UpdatedAt, now().into())
             .filter(Column::Id.eq(id.0))
             .filter(Column::Status.ne(DELETING))
-            .exec(&self.db)
+            .exec(&transaction)
             .await?;
-        Ok(updated.rows_affected == 1)
+        let done = updated.rows_affected == 1;
+        if done
+            && let Some(row) = Entity::find_by_id(id.0).one(&transaction).await?
+            && row.kind == kind_word(TemplateKind::Snapshot)
+            // One that was given up while it was made had never been told of.
+            && row.progress_pct == 100
+        {
+            record(
+                &transaction,
+                snapshot_event(EventKind::SnapshotDelete, id, TeamId(row.team_id), name),
+            )
+            .await?;
+        }
+        transaction.commit().await?;
+        Ok(done)
     }
 
     /// Templates whose files are still to be removed.
@@ -322,6 +364,19 @@ impl Store {
             update.exec(&self.db).await?;
         }
         Ok(())
+    }
+}
+
+fn snapshot_event(kind: EventKind, id: TemplateId, team: TeamId, name: &str) -> NewEvent {
+    NewEvent {
+        team,
+        kind,
+        outcome: Some(EventOutcome::Success),
+        resource: id.to_string(),
+        payload: EventPayload {
+            name: Some(name.to_owned()),
+            ..EventPayload::default()
+        },
     }
 }
 

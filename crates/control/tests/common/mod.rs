@@ -7,12 +7,16 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use wrenn_control::{ControlConfig, ControlPlane};
+use wrenn_control::{ControlConfig, ControlPlane, MasterSecret};
 use wrenn_proto::id::SandboxId;
+use wrenn_testkit::servers::Postgres;
 use wrenn_testkit::simhost::SimHost;
 
 /// Longest that anything in these tests may take.
 pub const DEADLINE: Duration = Duration::from_secs(100);
+
+/// All suites run a second time, in the binary of this name: there on PostgreSQL.
+const ON_POSTGRES: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), b"postgres");
 
 /// One running control plane.
 pub struct Running {
@@ -28,8 +32,9 @@ pub struct World {
     pub host: SimHost,
     pub key: String,
     pub http: reqwest::Client,
-    config: ControlConfig,
-    // Last, so that it outlives what uses it.
+    pub config: ControlConfig,
+    // Last, so that they outlive what uses them.
+    pub postgres: Option<Postgres>,
     _dir: tempfile::TempDir,
 }
 
@@ -75,14 +80,33 @@ impl World {
 
     /// With a registered host that has not sent a heartbeat yet.
     pub async fn cold() -> Self {
+        Self::cold_on(ON_POSTGRES.then(Postgres::start), None).await
+    }
+
+    /// With the template ready, on these servers.
+    pub async fn on(postgres: Postgres, redis_url: Option<String>) -> Self {
+        let world = Self::cold_on(Some(postgres), redis_url).await;
+        world.host.heartbeat().await;
+        world
+    }
+
+    async fn cold_on(postgres: Option<Postgres>, redis_url: Option<String>) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
         let mut config = ControlConfig::new(dir.path());
+        config.database_url = postgres.as_ref().map(Postgres::url);
+        config.redis_url = redis_url;
+        config.secret = Some(MasterSecret::generate().expect("randomness"));
         // The tests step the monitor by hand.
         config.timings.monitor_interval = Duration::from_secs(3600);
         config.timings.transient_age = Duration::ZERO;
         config.timings.orphan_grace = Duration::ZERO;
         config.timings.shutdown_grace = Duration::from_millis(200);
         config.timings.pty_ping = Duration::from_millis(300);
+        config.timings.stream_keepalive = Duration::from_millis(300);
+        config.timings.lease = Duration::from_millis(1500);
+        // What a killed instance had taken is somebody else's soon.
+        config.timings.event_claim = Duration::from_secs(1);
+        config.timings.event_repeat = Duration::from_secs(5);
         let running = start(config.clone()).await;
         let bootstrap = running
             .control
@@ -99,6 +123,7 @@ impl World {
             key: bootstrap.api_key,
             http: reqwest::Client::new(),
             config,
+            postgres,
             _dir: dir,
         }
     }
@@ -115,6 +140,7 @@ impl World {
             key,
             http,
             mut config,
+            postgres,
             _dir,
         } = self;
         running.stop().await;
@@ -127,6 +153,7 @@ impl World {
             key,
             http,
             config,
+            postgres,
             _dir,
         }
     }

@@ -1,1 +1,40 @@
 //! State changes as clients and channels hear of them.
+
+use super::*;
+
+body! {
+    /// One state event: the data of a message on `GET /v1/events/stream`. The words of `event` are those that the
+    /// Wrenn SDK accepts.
+    pub struct StreamEvent {
+        /// `connected` (the first message), `capsule.create`, `capsule.pause`, `capsule.resume`, `capsule.destroy`,
+        /// `capsule.state.changed`, `template.snapshot.create`, `template.snapshot.delete`, `host.up` or `host.down`.
+        pub event: String,
+        /// How an action ended: `success` or `error`; absent for what is no action.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub outcome: Option<String>,
+        /// What it is about.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub resource: Option<EventResource>,
+        /// More about it: `from` and `to` (a sandbox's statuses), `name` (a snapshot's).
+        #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+        pub metadata: BTreeMap<String, String>,
+        /// Why it failed.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub error: Option<String>,
+        /// The sandbox as it is when the message is sent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub sandbox: Option<Sandbox>,
+        /// When it happened.
+        #[cfg_attr(feature = "openapi", schema(value_type = String, format = DateTime))]
+        pub timestamp: Timestamp,
+    }
+
+    /// What an event is about.
+    pub struct EventResource {
+        /// Its id.
+        pub id: String,
+        /// `sandbox`, `snapshot` or `host`.
+        #[serde(rename = "type")]
+        pub kind: String,
+    }
+}

@@ -3,7 +3,9 @@
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
+use anyhow::Context as _;
 use clap::{Args, ValueEnum};
+use wrenn_control::{ControlConfig, MasterSecret};
 use wrenn_host::net::EgressPolicy;
 use wrenn_host::vmm::Accelerator;
 use wrenn_host::{Capacity, OnExit};
@@ -116,6 +118,74 @@ pub(crate) struct ControlArgs {
         help_heading = "Server"
     )]
     pub(crate) database_url: Option<String>,
+    /// `redis://…`, through which several control planes on one PostgreSQL hear of each other's changes at once
+    #[arg(
+        long,
+        env = "REDIS_URL",
+        value_name = "URL",
+        hide_env_values = true,
+        help_heading = "Server"
+    )]
+    pub(crate) redis_url: Option<String>,
+    /// 64 hex digits that sign sessions and encrypt stored secrets, the same for all control planes; needed with
+    /// PostgreSQL [default: made at the first start and kept in the data directory]
+    #[arg(
+        long,
+        env = "WRENN_SECRET_KEY",
+        value_name = "HEX",
+        hide_env_values = true,
+        help_heading = "Server"
+    )]
+    pub(crate) secret_key: Option<SecretText>,
+    /// URL at which people reach this installation, for links in mails
+    #[arg(long, env = "WRENN_PUBLIC_URL", value_name = "URL", help_heading = "Server")]
+    pub(crate) public_url: Option<String>,
+}
+
+impl ControlArgs {
+    /// The control plane's configuration.
+    pub(crate) fn control_config(&self, data_dir: &std::path::Path) -> anyhow::Result<ControlConfig> {
+        let Self {
+            listen: _,
+            database_url,
+            redis_url,
+            secret_key,
+            public_url,
+        } = self;
+        let mut config = ControlConfig::new(data_dir);
+        config.database_url.clone_from(database_url);
+        config.redis_url.clone_from(redis_url);
+        config.secret = secret_key
+            .as_ref()
+            .map(|SecretText(text)| MasterSecret::parse(text))
+            .transpose()
+            .context("WRENN_SECRET_KEY cannot be used")?;
+        if let Some(url) = public_url {
+            if !url.starts_with("https://") && !url.starts_with("http://") {
+                anyhow::bail!("WRENN_PUBLIC_URL must be a URL such as https://wrenn.example.com");
+            }
+            config.public_url = Some(url.trim_end_matches('/').to_owned());
+        }
+        Ok(config)
+    }
+}
+
+/// Text that no message, log or `Debug` shows.
+#[derive(Clone)]
+pub(crate) struct SecretText(String);
+
+impl std::fmt::Debug for SecretText {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SecretText(…)")
+    }
+}
+
+impl std::str::FromStr for SecretText {
+    type Err = std::convert::Infallible;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        Ok(Self(text.to_owned()))
+    }
 }
 
 /// Settings of the host agent.

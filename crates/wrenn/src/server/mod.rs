@@ -2,6 +2,7 @@
 
 pub(crate) mod config;
 mod doctor;
+mod migrate;
 mod show;
 mod up;
 
@@ -19,6 +20,8 @@ pub(crate) enum ServerCommand {
     ControlPlane(ControlPlaneArgs),
     /// Serve as a host of a control plane elsewhere
     HostAgent(HostAgentArgs),
+    /// Bring the database's schema up to date, or show where it stands
+    Migrate(migrate::MigrateArgs),
     /// Show the effective settings, secrets masked
     Config(UpArgs),
     /// Check what the platform needs of this machine, and tell what to do where it is missing
@@ -85,6 +88,7 @@ pub(crate) fn main(command: ServerCommand, json: bool) -> ExitCode {
         ServerCommand::Openapi => wrenn_control::openapi_yaml()
             .map(|text| print!("{text}"))
             .map_err(anyhow::Error::from),
+        ServerCommand::Migrate(args) => in_runtime(migrate::main(args, json)),
         ServerCommand::Up(args) => in_runtime(up::up(args)),
         ServerCommand::ControlPlane(args) => in_runtime(up::control_plane(args)),
         ServerCommand::HostAgent(args) => in_runtime(up::host_agent(args)),

@@ -23,6 +23,27 @@ pub(super) fn config(args: &UpArgs, json: bool) -> ExitCode {
                 .as_deref()
                 .map_or_else(|| "sqlite in WRENN_DIR".to_owned(), masked),
         ),
+        (
+            "REDIS_URL",
+            args.control
+                .redis_url
+                .as_deref()
+                .map_or_else(|| "none: one control plane".to_owned(), masked),
+        ),
+        (
+            "WRENN_SECRET_KEY",
+            match args.control.secret_key {
+                Some(_) => "****".to_owned(),
+                None => "kept in WRENN_DIR".to_owned(),
+            },
+        ),
+        (
+            "WRENN_PUBLIC_URL",
+            args.control
+                .public_url
+                .clone()
+                .unwrap_or_else(|| "as it listens".to_owned()),
+        ),
         ("WRENN_AGENT_LISTEN", args.host.agent_listen.to_string()),
         (
             "WRENN_AGENT_URL",

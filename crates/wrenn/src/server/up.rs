@@ -9,7 +9,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
-use wrenn_control::{Bootstrap, ControlConfig, ControlPlane, ErrorCode};
+use wrenn_control::{Bootstrap, ControlPlane, ErrorCode};
 use wrenn_host::vmm::{Accelerator, VmIds, probe_cached};
 use wrenn_host::{BuildState, HostAgent, HostConfig};
 
@@ -177,9 +177,7 @@ pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
 }
 
 async fn open_control(data_dir: &Path, args: &ControlArgs) -> anyhow::Result<ControlPlane> {
-    let mut config = ControlConfig::new(data_dir);
-    config.database_url.clone_from(&args.database_url);
-    ControlPlane::builder(config)
+    ControlPlane::builder(args.control_config(data_dir)?)
         .build()
         .await
         .context("cannot start the control plane")
@@ -209,7 +207,7 @@ fn host_config(
     }
 }
 
-fn prepare(data_dir: &Path) -> anyhow::Result<()> {
+pub(super) fn prepare(data_dir: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
     // VM processes pass through it to the images that they may read.
     std::fs::DirBuilder::new()

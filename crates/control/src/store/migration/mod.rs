@@ -8,12 +8,12 @@
 
 mod m0001_initial;
 mod m0002_accounts;
+mod m0004_events;
+mod of_extension;
 
-use sea_orm::DatabaseConnection;
-use sea_orm_migration::MigratorTraitSelf;
 use sea_orm_migration::prelude::*;
 
-use crate::extension::Extension;
+pub(super) use of_extension::up as of_extension;
 
 /// All migrations, oldest first.
 pub(crate) struct Migrator;
@@ -23,6 +23,7 @@ impl MigratorTrait for Migrator {
         vec![
             Box::new(m0001_initial::Initial),
             Box::new(m0002_accounts::Accounts),
+            Box::new(m0004_events::Events),
         ]
     }
 }
@@ -71,26 +72,4 @@ async fn add_columns(
             .await?;
     }
     Ok(())
-}
-
-/// An extension's migrations, recorded in a table of their own.
-struct Guest<'a>(&'a dyn Extension);
-
-impl MigratorTraitSelf for Guest<'_> {
-    fn migrations(&self) -> Vec<Box<dyn MigrationTrait>> {
-        self.0.migrations()
-    }
-
-    fn migration_table_name(&self) -> DynIden {
-        Alias::new(format!("extension_{}_migrations", self.0.name())).into_iden()
-    }
-}
-
-/// Brings an extension's tables up to date.
-pub(crate) async fn of_extension(db: &DatabaseConnection, extension: &dyn Extension) -> Result<(), DbErr> {
-    let guest = Guest(extension);
-    if guest.migrations().is_empty() {
-        return Ok(());
-    }
-    guest.up(db, None).await
 }

@@ -1,0 +1,262 @@
+//! What happened, as clients, channels and other instances hear of it.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Millis, SandboxStatus, TeamId};
+
+/// What happened. The words are those of the stream (`GET /v1/events/stream`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub(crate) enum EventKind {
+    /// A create ended.
+    #[serde(rename = "capsule.create")]
+    SandboxCreate,
+    /// A pause ended.
+    #[serde(rename = "capsule.pause")]
+    SandboxPause,
+    /// A resume ended.
+    #[serde(rename = "capsule.resume")]
+    SandboxResume,
+    /// A destroy ended.
+    #[serde(rename = "capsule.destroy")]
+    SandboxDestroy,
+    /// Any other change of a sandbox's status.
+    #[serde(rename = "capsule.state.changed")]
+    SandboxChanged,
+    /// A snapshot is ready, or failed.
+    #[serde(rename = "template.snapshot.create")]
+    SnapshotCreate,
+    /// A snapshot is deleted.
+    #[serde(rename = "template.snapshot.delete")]
+    SnapshotDelete,
+    /// A host is there (again).
+    #[serde(rename = "host.up")]
+    HostUp,
+    /// A host fell silent.
+    #[serde(rename = "host.down")]
+    HostDown,
+}
+
+impl EventKind {
+    const ALL: [Self; 9] = [
+        Self::SandboxCreate,
+        Self::SandboxPause,
+        Self::SandboxResume,
+        Self::SandboxDestroy,
+        Self::SandboxChanged,
+        Self::SnapshotCreate,
+        Self::SnapshotDelete,
+        Self::HostUp,
+        Self::HostDown,
+    ];
+
+    /// The word on the wire and in the database.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::SandboxCreate => "capsule.create",
+            Self::SandboxPause => "capsule.pause",
+            Self::SandboxResume => "capsule.resume",
+            Self::SandboxDestroy => "capsule.destroy",
+            Self::SandboxChanged => "capsule.state.changed",
+            Self::SnapshotCreate => "template.snapshot.create",
+            Self::SnapshotDelete => "template.snapshot.delete",
+            Self::HostUp => "host.up",
+            Self::HostDown => "host.down",
+        }
+    }
+
+    pub(crate) fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|kind| kind.as_str() == word)
+    }
+
+    /// What the event is about.
+    pub(crate) fn resource_type(self) -> &'static str {
+        match self {
+            Self::SandboxCreate
+            | Self::SandboxPause
+            | Self::SandboxResume
+            | Self::SandboxDestroy
+            | Self::SandboxChanged => "sandbox",
+            Self::SnapshotCreate | Self::SnapshotDelete => "snapshot",
+            Self::HostUp | Self::HostDown => "host",
+        }
+    }
+}
+
+/// How an action ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum EventOutcome {
+    Success,
+    Error,
+}
+
+impl EventOutcome {
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Success => "success",
+            Self::Error => "error",
+        }
+    }
+
+    pub(crate) fn parse(word: &str) -> Option<Self> {
+        [Self::Success, Self::Error]
+            .into_iter()
+            .find(|outcome| outcome.as_str() == word)
+    }
+}
+
+/// The part of an event that only its readers understand. Small, and without secrets.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct EventPayload {
+    /// A sandbox's status before.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) from: Option<SandboxStatus>,
+    /// A sandbox's status after.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) to: Option<SandboxStatus>,
+    /// A snapshot's name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+    /// Why it failed.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) error: Option<String>,
+}
+
+/// An event before it has its place in the order.
+#[derive(Debug, Clone)]
+pub(crate) struct NewEvent {
+    /// Whose it is; the platform's for its hosts.
+    pub(crate) team: TeamId,
+    pub(crate) kind: EventKind,
+    pub(crate) outcome: Option<EventOutcome>,
+    /// The resource's id in its prefixed form.
+    pub(crate) resource: String,
+    pub(crate) payload: EventPayload,
+}
+
+impl NewEvent {
+    /// A sandbox's change of status.
+    pub(crate) fn sandbox(
+        team: TeamId,
+        sandbox: super::SandboxId,
+        from: Option<SandboxStatus>,
+        to: SandboxStatus,
+        failure: Option<&str>,
+    ) -> Self {
+        let (kind, outcome) = sandbox_event(from, to);
+        Self {
+            team,
+            kind,
+            outcome,
+            resource: sandbox.to_string(),
+            payload: EventPayload {
+                from,
+                to: Some(to),
+                name: None,
+                error: failure.map(str::to_owned),
+            },
+        }
+    }
+}
+
+/// An event as its readers see it. It may come more than once: `seq` tells.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct StateEvent {
+    /// The place in the order of events; rises, and is never given twice.
+    pub(crate) seq: i64,
+    /// Whose it is; the platform's for its hosts.
+    pub(crate) team: TeamId,
+    pub(crate) kind: EventKind,
+    pub(crate) outcome: Option<EventOutcome>,
+    /// The resource's id in its prefixed form.
+    pub(crate) resource: String,
+    pub(crate) payload: EventPayload,
+    /// When it happened.
+    pub(crate) at: Millis,
+}
+
+impl StateEvent {
+    /// The word that notification channels subscribe to, if they can.
+    #[expect(dead_code, reason = "the channels' handler reads it")]
+    pub(crate) fn notification(&self) -> Option<&'static str> {
+        match self.kind {
+            EventKind::SandboxCreate
+            | EventKind::SandboxPause
+            | EventKind::SandboxResume
+            | EventKind::SandboxDestroy
+            | EventKind::SandboxChanged => match self.payload.to? {
+                SandboxStatus::Pending => Some("capsule.created"),
+                // Back from a snapshot or from being out of reach is no news of this kind.
+                SandboxStatus::Running if self.kind != EventKind::SandboxChanged => Some("capsule.running"),
+                SandboxStatus::Paused => Some("capsule.paused"),
+                SandboxStatus::Stopped => Some("capsule.destroyed"),
+                _ => None,
+            },
+            EventKind::SnapshotCreate => {
+                (self.outcome == Some(EventOutcome::Success)).then_some("template.snapshot.created")
+            }
+            EventKind::SnapshotDelete => Some("template.snapshot.deleted"),
+            EventKind::HostUp => Some("host.up"),
+            EventKind::HostDown => Some("host.down"),
+        }
+    }
+}
+
+/// Which action a change of status ends, and how.
+fn sandbox_event(from: Option<SandboxStatus>, to: SandboxStatus) -> (EventKind, Option<EventOutcome>) {
+    use SandboxStatus as S;
+    let (kind, success) = match (from, to) {
+        (Some(S::Pending | S::Starting), S::Running) => (EventKind::SandboxCreate, true),
+        (Some(S::Pending | S::Starting), S::Error) => (EventKind::SandboxCreate, false),
+        (Some(S::Pausing), S::Paused) => (EventKind::SandboxPause, true),
+        // Paused by its host for want of use.
+        (Some(S::Running), S::Paused) => (EventKind::SandboxPause, true),
+        (Some(S::Pausing), S::Running | S::Error) => (EventKind::SandboxPause, false),
+        (Some(S::Resuming), S::Running) => (EventKind::SandboxResume, true),
+        (Some(S::Resuming), S::Paused | S::Error) => (EventKind::SandboxResume, false),
+        (_, S::Stopped) => (EventKind::SandboxDestroy, true),
+        _ => return (EventKind::SandboxChanged, None),
+    };
+    let outcome = if success {
+        EventOutcome::Success
+    } else {
+        EventOutcome::Error
+    };
+    (kind, Some(outcome))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_are_the_same_in_the_database_and_on_the_wire() {
+        for kind in EventKind::ALL {
+            assert_eq!(
+                serde_json::to_value(kind).expect("a word"),
+                serde_json::json!(kind.as_str())
+            );
+            assert_eq!(EventKind::parse(kind.as_str()), Some(kind));
+        }
+    }
+
+    #[test]
+    fn a_change_tells_which_action_it_ends() {
+        use SandboxStatus as S;
+        let told = |from, to| sandbox_event(Some(from), to);
+        assert_eq!(
+            told(S::Starting, S::Running),
+            (EventKind::SandboxCreate, Some(EventOutcome::Success))
+        );
+        assert_eq!(
+            told(S::Pausing, S::Running),
+            (EventKind::SandboxPause, Some(EventOutcome::Error))
+        );
+        assert_eq!(
+            told(S::Stopping, S::Stopped),
+            (EventKind::SandboxDestroy, Some(EventOutcome::Success))
+        );
+        assert_eq!(told(S::Running, S::Missing), (EventKind::SandboxChanged, None));
+        assert_eq!(sandbox_event(None, S::Pending), (EventKind::SandboxChanged, None));
+    }
+}

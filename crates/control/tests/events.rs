@@ -1,0 +1,224 @@
+//! The stream of state changes, over real HTTP.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{DEADLINE, World, code};
+use futures::StreamExt as _;
+use serde_json::{Value, json};
+use wrenn_testkit::simhost::Call;
+
+/// A client that follows the stream.
+struct Follower {
+    body: futures::stream::BoxStream<'static, reqwest::Result<Vec<u8>>>,
+    text: String,
+}
+
+/// A message: its id, its name and its data.
+type Message = (i64, String, Value);
+
+impl Follower {
+    async fn new(world: &World, last: Option<i64>) -> Self {
+        let mut request = world
+            .http
+            .get(world.url("/v1/events/stream"))
+            .header("x-api-key", &world.key);
+        if let Some(last) = last {
+            request = request.header("last-event-id", last.to_string());
+        }
+        let response = request.send().await.expect("an answer");
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        let body = response
+            .bytes_stream()
+            .map(|chunk| chunk.map(|bytes| bytes.to_vec()));
+        Self {
+            body: body.boxed(),
+            text: String::new(),
+        }
+    }
+
+    /// The next block of lines, a message or a comment; `None` at the end.
+    async fn block(&mut self) -> Option<String> {
+        loop {
+            if let Some((block, rest)) = self.text.split_once("\n\n") {
+                let (block, rest) = (block.to_owned(), rest.to_owned());
+                self.text = rest;
+                return Some(block);
+            }
+            let chunk = tokio::time::timeout(DEADLINE, self.body.next())
+                .await
+                .expect("news in time")?;
+            self.text.push_str(&String::from_utf8_lossy(&chunk.ok()?));
+        }
+    }
+
+    async fn message(&mut self) -> Option<Message> {
+        loop {
+            let block = self.block().await?;
+            let field = |name: &str| {
+                block
+                    .lines()
+                    .find_map(|line| line.strip_prefix(&format!("{name}: ")))
+                    .map(str::to_owned)
+            };
+            if let (Some(id), Some(name), Some(data)) = (field("id"), field("event"), field("data")) {
+                let data: Value = serde_json::from_str(&data).expect("JSON");
+                assert_eq!(data["event"], json!(name));
+                return Some((id.parse().expect("a number"), name, data));
+            }
+        }
+    }
+
+    /// Messages until one has this name.
+    async fn until(&mut self, name: &str) -> Vec<Message> {
+        let mut seen = Vec::new();
+        loop {
+            let message = self.message().await.expect("the stream goes on");
+            let done = message.1 == name;
+            seen.push(message);
+            if done {
+                return seen;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_life_is_told_in_order() {
+    let world = World::new().await;
+    let mut follower = Follower::new(&world, None).await;
+    let (_, first, data) = follower.message().await.expect("a first message");
+    assert_eq!(first, "connected", "{data}");
+    let sandbox = world.sandbox().await;
+    for operation in ["pause", "resume"] {
+        world
+            .post(&format!("/v1/sandboxes/{sandbox}/{operation}?wait=20"), json!({}))
+            .await;
+    }
+    world
+        .call("DELETE", &format!("/v1/sandboxes/{sandbox}?wait=20"), None)
+        .await;
+    let seen = follower.until("capsule.destroy").await;
+    let told: Vec<_> = seen
+        .iter()
+        .map(|(_, name, data)| (name.as_str(), data["metadata"]["to"].as_str().unwrap_or_default()))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            ("capsule.state.changed", "pending"),
+            ("capsule.state.changed", "starting"),
+            ("capsule.create", "running"),
+            ("capsule.state.changed", "pausing"),
+            ("capsule.pause", "paused"),
+            ("capsule.state.changed", "resuming"),
+            ("capsule.resume", "running"),
+            ("capsule.state.changed", "stopping"),
+            ("capsule.destroy", "stopped"),
+        ]
+    );
+    assert!(seen.windows(2).all(|pair| pair[0].0 < pair[1].0), "{seen:?}");
+    let (_, _, last) = seen.last().expect("messages");
+    assert_eq!(last["outcome"], "success");
+    assert_eq!(last["resource"], json!({"id": sandbox, "type": "sandbox"}));
+    assert_eq!(last["sandbox"]["status"], "stopped");
+    assert!(
+        last["timestamp"].as_str().is_some_and(|at| at.ends_with('Z')),
+        "{last}"
+    );
+
+    // Whoever comes back hears what came after the last that was heard, and nothing twice.
+    let (half, ..) = seen[4];
+    let mut again = Follower::new(&world, Some(half)).await;
+    let (connected, ..) = again.message().await.expect("a first message");
+    assert_eq!(connected, half);
+    let rest = again.until("capsule.destroy").await;
+    let ids = |messages: &[Message]| messages.iter().map(|(id, ..)| *id).collect::<Vec<_>>();
+    assert_eq!(ids(&rest), ids(&seen[5..]));
+}
+
+#[tokio::test]
+async fn failures_and_snapshots_are_told_to_their_team_alone() {
+    let world = World::new().await;
+    let (_, other) = world.running.control.create_team("Others").await.expect("a team");
+    let mut follower = Follower::new(&world, None).await;
+    let sandbox = world.sandbox().await;
+    world.host.fail(
+        Call::Pause,
+        connectrpc::ConnectError::internal("the disk is full"),
+    );
+    world
+        .post(&format!("/v1/sandboxes/{sandbox}/pause?wait=20"), json!({}))
+        .await;
+    let seen = follower.until("capsule.pause").await;
+    let (_, _, failed) = seen.last().expect("messages");
+    assert_eq!(failed["outcome"], "error", "{failed}");
+    assert!(
+        failed["error"]
+            .as_str()
+            .is_some_and(|why| why.contains("disk is full")),
+        "{failed}"
+    );
+    let (status, body) = world
+        .post(
+            "/v1/snapshots?wait=20",
+            json!({"sandbox_id": sandbox, "name": "kept"}),
+        )
+        .await;
+    assert_eq!(status, 201, "{body}");
+    let seen = follower.until("template.snapshot.create").await;
+    let (_, _, made) = seen.last().expect("messages");
+    assert_eq!(made["metadata"]["name"], "kept");
+    assert_eq!(made["resource"], json!({"id": body["id"], "type": "snapshot"}));
+    assert_eq!(world.call("DELETE", "/v1/snapshots/kept", None).await.0, 204);
+    follower.until("template.snapshot.delete").await;
+
+    // The other team hears of its own only.
+    let response = world
+        .http
+        .get(world.url("/v1/events/stream"))
+        .header("x-api-key", other)
+        .header("last-event-id", "0")
+        .send()
+        .await
+        .expect("an answer");
+    let mut body = response.bytes_stream();
+    let mut text = String::new();
+    while !text.contains("keepalive") {
+        let chunk = tokio::time::timeout(DEADLINE, body.next())
+            .await
+            .expect("a sign of life")
+            .expect("the stream goes on")
+            .expect("bytes");
+        text.push_str(&String::from_utf8_lossy(&chunk));
+    }
+    assert!(
+        text.contains("event: connected") && text.contains(": keepalive"),
+        "{text}"
+    );
+    assert!(!text.contains("capsule"), "{text}");
+}
+
+#[tokio::test]
+async fn strangers_and_nonsense_are_refused_and_the_end_is_orderly() {
+    let world = World::new().await;
+    let request = world.http.get(world.url("/v1/events/stream")).timeout(DEADLINE);
+    let (status, body) = common::answer(request).await;
+    assert_eq!((status, code(&body)), (401, "unauthorized"));
+    for last in ["x", "-1", "1.5", "99999999999999999999"] {
+        let request = world
+            .request("GET", "/v1/events/stream")
+            .header("last-event-id", last);
+        let (status, body) = common::answer(request).await;
+        assert_eq!((status, code(&body)), (400, "invalid_request"), "{last}: {body}");
+    }
+    let mut follower = Follower::new(&world, None).await;
+    follower.message().await.expect("a first message");
+    let world = world
+        .restart_with(|config| config.timings.shutdown_grace = Duration::from_secs(20))
+        .await;
+    assert_eq!(follower.message().await, None);
+    drop(world);
+}

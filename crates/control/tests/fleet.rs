@@ -1,0 +1,268 @@
+//! Two control planes on one PostgreSQL and one Redis.
+
+mod common;
+
+use std::time::Duration;
+
+use common::{DEADLINE, World, answer};
+use serde_json::{Value, json};
+use wrenn_control::{ControlConfig, ControlPlane};
+use wrenn_testkit::servers::{Postgres, Redis};
+use wrenn_testkit::simhost::Call;
+
+/// A control plane that can be killed: it has a runtime of its own.
+struct Instance {
+    runtime: Option<tokio::runtime::Runtime>,
+    running: common::Running,
+}
+
+impl Instance {
+    async fn start(config: &ControlConfig) -> Self {
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .expect("a runtime");
+        let running = runtime
+            .spawn(common::start(config.clone()))
+            .await
+            .expect("it starts");
+        Self {
+            runtime: Some(runtime),
+            running,
+        }
+    }
+
+    /// Everything it does ends where it is.
+    fn kill(mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+
+    fn control(&self) -> &ControlPlane {
+        &self.running.control
+    }
+
+    async fn call(&self, world: &World, method: &str, path: &str) -> (u16, Value) {
+        let method = reqwest::Method::from_bytes(method.as_bytes()).expect("a method");
+        let request = world
+            .http
+            .request(method, format!("{}{path}", self.running.url))
+            .header("x-api-key", &world.key)
+            .timeout(DEADLINE)
+            .json(&json!({}));
+        answer(request).await
+    }
+}
+
+impl Drop for Instance {
+    fn drop(&mut self) {
+        if let Some(runtime) = self.runtime.take() {
+            runtime.shutdown_background();
+        }
+    }
+}
+
+async fn eventually(what: &str, mut done: impl AsyncFnMut() -> bool) {
+    let deadline = tokio::time::Instant::now() + DEADLINE;
+    while !done().await {
+        assert!(tokio::time::Instant::now() < deadline, "never: {what}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+fn untold(world: &World) -> String {
+    let postgres = world.postgres.as_ref().expect("PostgreSQL");
+    postgres.execute("SELECT count(*) FROM events WHERE consumed_at IS NULL")
+}
+
+#[tokio::test]
+async fn any_instance_serves_any_request() {
+    let redis = Redis::start();
+    let world = World::on(Postgres::start(), Some(redis.url())).await;
+    let other = Instance::start(&world.config).await;
+    world.host.hold(Call::Create);
+    let (status, body) = world.post("/v1/sandboxes", json!({})).await;
+    assert_eq!(status, 202, "{body}");
+    let sandbox = body["id"].as_str().expect("an id").to_owned();
+    world.host.wait_arrived(Call::Create, 1).await;
+    // One instance waits for what the other does.
+    let path = format!("/v1/sandboxes/{sandbox}?wait=20");
+    let waiting = other.call(&world, "GET", &path);
+    let release = async { world.host.release(Call::Create) };
+    let ((status, body), ()) = tokio::join!(waiting, release);
+    assert_eq!(
+        (status, body["status"].as_str()),
+        (200, Some("running")),
+        "{body}"
+    );
+    // Decisions on both at once: one wins.
+    world.host.hold(Call::Pause);
+    let path = format!("/v1/sandboxes/{sandbox}/pause");
+    let (here, there) = tokio::join!(world.post(&path, json!({})), other.call(&world, "POST", &path));
+    let mut statuses = [here.0, there.0];
+    statuses.sort_unstable();
+    assert_eq!(statuses, [202, 409], "{here:?} {there:?}");
+    world.host.release(Call::Pause);
+    world.until(&sandbox, "paused").await;
+    let (status, _) = other
+        .call(&world, "DELETE", &format!("/v1/sandboxes/{sandbox}?wait=20"))
+        .await;
+    assert_eq!(status, 200);
+    eventually("all events are taken in", async || untold(&world) == "0").await;
+}
+
+#[tokio::test]
+async fn one_leads_and_the_other_takes_over() {
+    let redis = Redis::start();
+    let world = World::on(Postgres::start(), Some(redis.url())).await;
+    let leader = &world.running.control;
+    eventually("one leads", async || {
+        leader.renew_leases().await.expect("an answer")
+    })
+    .await;
+    let other = Instance::start(&world.config).await;
+    for _ in 0..5 {
+        let leads = (
+            leader.renew_leases().await.expect("an answer"),
+            other.control().renew_leases().await.expect("an answer"),
+        );
+        assert_eq!(leads, (true, false));
+    }
+    // One that ends in order gives its lease back.
+    let World {
+        running,
+        postgres: _postgres,
+        ..
+    } = world;
+    running.stop().await;
+    assert!(other.control().renew_leases().await.expect("an answer"));
+}
+
+#[tokio::test]
+async fn one_killed_in_the_middle_loses_nothing() {
+    let redis = Redis::start();
+    let mut world = World::on(Postgres::start(), Some(redis.url())).await;
+    // Not even by growing old: what is under way is taken up because its instance is gone.
+    world.config.timings.transient_age = Duration::from_secs(3600);
+    let doomed = Instance::start(&world.config).await;
+    let sandbox = world.sandbox().await;
+    world.host.hold(Call::Pause);
+    let (status, body) = doomed
+        .call(&world, "POST", &format!("/v1/sandboxes/{sandbox}/pause"))
+        .await;
+    assert_eq!(status, 202, "{body}");
+    world.host.wait_arrived(Call::Pause, 1).await;
+    doomed.kill();
+    world.host.wait_arrived(Call::Pause, 2).await;
+    world.host.release(Call::Pause);
+    world.until(&sandbox, "paused").await;
+
+    // The leader too.
+    let heir = Instance::start(&world.config).await;
+    world.host.hold(Call::Resume);
+    let leader = Instance::start(&world.config).await;
+    let (status, _) = leader
+        .call(&world, "POST", &format!("/v1/sandboxes/{sandbox}/resume"))
+        .await;
+    assert_eq!(status, 202);
+    world.host.wait_arrived(Call::Resume, 1).await;
+    leader.kill();
+    world.host.wait_arrived(Call::Resume, 2).await;
+    world.host.release(Call::Resume);
+    let (_, body) = heir
+        .call(&world, "GET", &format!("/v1/sandboxes/{sandbox}?wait=20"))
+        .await;
+    assert_eq!(body["status"], "running", "{body}");
+    eventually("all events are taken in", async || untold(&world) == "0").await;
+}
+
+#[tokio::test]
+async fn without_redis_operations_go_on_and_events_catch_up() {
+    let mut redis = Redis::start();
+    let world = World::on(Postgres::start(), Some(redis.url())).await;
+    let other = Instance::start(&world.config).await;
+    let sandbox = world.sandbox().await;
+    eventually("events go out", async || untold(&world) == "0").await;
+    redis.stop();
+    world
+        .post(&format!("/v1/sandboxes/{sandbox}/pause?wait=20"), json!({}))
+        .await;
+    // The other instance's readers look by themselves.
+    let (_, body) = other
+        .call(&world, "GET", &format!("/v1/sandboxes/{sandbox}"))
+        .await;
+    assert_eq!(body["status"], "paused", "{body}");
+    let (status, body) = other
+        .call(&world, "POST", &format!("/v1/sandboxes/{sandbox}/resume?wait=20"))
+        .await;
+    assert_eq!(
+        (status, body["status"].as_str()),
+        (200, Some("running")),
+        "{body}"
+    );
+    assert_eq!(untold(&world), "4");
+    redis.resume();
+    eventually("events catch up", async || untold(&world) == "0").await;
+    world
+        .call("DELETE", &format!("/v1/sandboxes/{sandbox}?wait=20"), None)
+        .await;
+    eventually("events go out again", async || untold(&world) == "0").await;
+}
+
+#[tokio::test]
+async fn what_a_dead_consumer_had_is_claimed_and_what_redis_forgot_is_told_again() {
+    let mut redis = Redis::start();
+    let mut world = World::on(Postgres::start(), None).await;
+    // Without the stream so far; from here on nobody else reads it.
+    world.sandbox().await;
+    eventually("events go out", async || untold(&world) == "0").await;
+    let World {
+        running, postgres, ..
+    } = &mut world;
+    let postgres = postgres.take().expect("PostgreSQL");
+    let stopped = std::mem::replace(
+        running,
+        common::start(ControlConfig::new(
+            tempfile::tempdir().expect("a directory").path(),
+        ))
+        .await,
+    );
+    stopped.stop().await;
+    postgres.execute("UPDATE events SET consumed_at = NULL, published_at = NULL");
+    let told = postgres.execute("SELECT count(*) FROM events");
+    let mut config = world.config.clone();
+    config.redis_url = Some(redis.url());
+    config.timings.event_repeat = Duration::from_millis(500);
+    config.timings.event_claim = Duration::from_millis(100);
+    let build = || ControlPlane::builder(config.clone()).build();
+    let open = || postgres.execute("SELECT count(*) FROM events WHERE consumed_at IS NULL");
+
+    let publisher = build().await.expect("it builds");
+    let pass = publisher.relay().await.expect("a pass");
+    assert_eq!(pass.told.to_string(), told);
+    publisher.stop().await;
+    let stream = redis.command(&["KEYS", "wrenn:*:events"]);
+    redis.command(&["XGROUP", "CREATE", &stream, "control", "0"]);
+    redis.command(&["XREADGROUP", "GROUP", "control", "ghost", "STREAMS", &stream, ">"]);
+    let summary = redis.command(&["XPENDING", &stream, "control"]);
+    assert!(summary.starts_with(&told), "{summary}");
+    let consumer = Instance::start(&config).await;
+    eventually("the ghost's are claimed", async || open() == "0").await;
+    eventually("and acknowledged", async || {
+        redis.command(&["XPENDING", &stream, "control"]).starts_with('0')
+    })
+    .await;
+    consumer.kill();
+
+    postgres.execute("UPDATE events SET consumed_at = NULL, published_at = NULL");
+    let publisher = build().await.expect("it builds");
+    publisher.relay().await.expect("a pass");
+    publisher.stop().await;
+    redis.stop();
+    redis.resume();
+    let consumer = Instance::start(&config).await;
+    eventually("what Redis forgot comes again", async || open() == "0").await;
+    consumer.kill();
+}
