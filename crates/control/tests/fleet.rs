@@ -143,9 +143,11 @@ async fn one_leads_and_the_other_takes_over() {
 #[tokio::test]
 async fn one_killed_in_the_middle_loses_nothing() {
     let redis = Redis::start();
-    let mut world = World::on(Postgres::start(), Some(redis.url())).await;
-    // Not even by growing old: what is under way is taken up because its instance is gone.
-    world.config.timings.transient_age = Duration::from_secs(3600);
+    // Not by growing old: what is under way is taken up because its instance is gone.
+    let world = World::on(Postgres::start(), Some(redis.url()))
+        .await
+        .restart_with(|config| config.timings.transient_age = Duration::from_secs(3600))
+        .await;
     let doomed = Instance::start(&world.config).await;
     let sandbox = world.sandbox().await;
     world.host.hold(Call::Pause);
