@@ -111,6 +111,10 @@ pub struct Timings {
     pub pty_ping: Duration,
     /// What is left of background work at shutdown.
     pub shutdown_grace: Duration,
+    /// Between two passes of the housekeeping: unfinished deletions, accounts whose grace is over, last uses of keys.
+    pub housekeeping_interval: Duration,
+    /// How long a deleted account is kept before its row goes; its address stays taken as long.
+    pub account_grace: Duration,
 }
 
 impl Default for Timings {
@@ -126,6 +130,8 @@ impl Default for Timings {
             snapshot_wait: Duration::from_secs(60),
             pty_ping: Duration::from_secs(30),
             shutdown_grace: Duration::from_secs(10),
+            housekeeping_interval: Duration::from_secs(10),
+            account_grace: Duration::from_secs(15 * 24 * 3600),
         }
     }
 }

@@ -16,6 +16,9 @@ pub enum TaskKind {
     Drive,
     /// Looks after hosts and records. At shutdown it ends at its next wait.
     Monitor,
+    /// Finishes deletions and writes down what was collected. At shutdown it ends at its next wait; what is left is
+    /// marked in the database, and the next process takes it up.
+    Housekeeping,
 }
 
 impl TaskKind {
@@ -23,13 +26,14 @@ impl TaskKind {
         match self {
             Self::Drive => "drive",
             Self::Monitor => "monitor",
+            Self::Housekeeping => "housekeeping",
         }
     }
 
     /// Whether cancellation drops the task at its next await, or lets it finish.
     fn stops_at_once(self) -> bool {
         match self {
-            Self::Monitor => true,
+            Self::Monitor | Self::Housekeeping => true,
             Self::Drive => false,
         }
     }

@@ -5,6 +5,7 @@
 //! the middle by accident.
 
 pub mod lifecycle;
+pub mod membership;
 
 use std::collections::BTreeMap;
 

@@ -3,13 +3,17 @@
 //! Services know the store, the hosts and the bus; they know nothing of HTTP.
 
 pub(crate) mod access;
+pub(crate) mod admin;
 pub(crate) mod bootstrap;
+pub(crate) mod deletion;
 mod drive;
 pub(crate) mod files;
 pub(crate) mod hosts;
+pub(crate) mod keys;
 pub(crate) mod monitor;
 pub(crate) mod processes;
 pub(crate) mod sandboxes;
+pub(crate) mod teams;
 pub(crate) mod templates;
 pub(crate) mod validate;
 
@@ -40,6 +44,10 @@ pub(crate) struct Inner {
     pub(crate) sessions: Sessions,
     pub(crate) bus: Bus,
     pub(crate) tasks: Tasks,
+    /// API keys that were looked up lately.
+    known_keys: keys::KnownKeys,
+    /// Deleted teams that are being emptied.
+    purging: deletion::Purging,
     pool: Pool,
     scheduler: Scheduler,
     /// Decisions that a task of this process carries at the moment.
@@ -70,6 +78,8 @@ impl Services {
                 store,
                 bus: Bus::in_process(),
                 tasks: Tasks::default(),
+                known_keys: keys::KnownKeys::default(),
+                purging: deletion::Purging::default(),
                 pool: Pool::new(),
                 scheduler: Scheduler::default(),
                 driven: Mutex::default(),

@@ -8,10 +8,14 @@
 //! transactions here begin with a write (which waits its turn) or consist of writes alone.
 
 mod accounts;
+pub(crate) mod admin;
+pub(crate) mod deletion;
 mod entity;
 mod hosts;
+pub(crate) mod keys;
 mod migration;
 mod sandboxes;
+pub(crate) mod teams;
 mod templates;
 
 use std::path::Path;

@@ -6,7 +6,7 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, ExprTrait};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, Condition, DbErr, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
-    QuerySelect,
+    QuerySelect, TransactionTrait,
 };
 
 use super::entity::sandbox::{ActiveModel, Column, Entity, Model};
@@ -114,9 +114,17 @@ pub(crate) struct SandboxFilter {
 }
 
 impl Store {
-    /// Adds a record.
-    pub(crate) async fn sandbox_insert(&self, sandbox: &Sandbox) -> Result<(), DbErr> {
-        row(sandbox)?.insert(&self.db).await.map(drop)
+    /// Adds a record, if its team lives; returns whether it does. A deletion of the team waits for it, or is
+    /// seen by it, so no sandbox outlives its team.
+    pub(crate) async fn sandbox_insert(&self, sandbox: &Sandbox) -> Result<bool, DbErr> {
+        let transaction = self.db.begin().await?;
+        row(sandbox)?.insert(&transaction).await?;
+        if !super::teams::team_held(&transaction, sandbox.team).await? {
+            transaction.rollback().await?;
+            return Ok(false);
+        }
+        transaction.commit().await?;
+        Ok(true)
     }
 
     /// One record, whoever owns it.
