@@ -34,7 +34,8 @@ struct Claim<'a>(&'a Purging, TeamId);
 impl Purging {
     fn claim(&self, team: TeamId) -> Option<Claim<'_>> {
         let mut teams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        teams.insert(team).then_some(Claim(self, team))
+        // Made only when it is granted: a claim that is dropped gives the team free.
+        teams.insert(team).then(|| Claim(self, team))
     }
 }
 
@@ -227,4 +228,20 @@ impl Services {
 fn failed(what: &str, error: &Error) {
     metrics::counter!("wrenn_housekeeping_failures_total").increment(1);
     tracing::error!(error = error as &dyn std::error::Error, "{what} failed");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_task_empties_a_team_at_a_time() {
+        let (purging, team) = (Purging::default(), TeamId::new());
+        let first = purging.claim(team);
+        assert!(first.is_some() && purging.claim(TeamId::new()).is_some());
+        assert!(purging.claim(team).is_none());
+        assert!(purging.claim(team).is_none(), "a refusal gives nothing free");
+        drop(first);
+        assert!(purging.claim(team).is_some());
+    }
 }

@@ -187,7 +187,7 @@ impl Store {
                 .exec(&transaction)
                 .await?;
         }
-        Entity::update_many()
+        let updated = Entity::update_many()
             .col_expr(Column::Status, status_word(TemplateStatus::Ready).into())
             .col_expr(
                 Column::Name,
@@ -206,6 +206,9 @@ impl Store {
             .filter(Column::Status.ne(DELETING))
             .exec(&transaction)
             .await?;
+        if updated.rows_affected == 0 {
+            return transaction.rollback().await;
+        }
         template_host::Entity::insert(holder(id, host, TemplateStatus::Ready, "", 100, size_bytes))
             .on_conflict(holder_conflict())
             .exec_without_returning(&transaction)
