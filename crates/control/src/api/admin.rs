@@ -131,11 +131,11 @@ async fn list_teams(
     (status = 413, body = ErrorBody, description = "`payload_too_large`")))]
 async fn set_byoc(
     State(services): State<Services>,
-    PlatformAdmin(_): PlatformAdmin,
+    PlatformAdmin(admin): PlatformAdmin,
     Segments(id): Segments<String>,
     Body(body): Body<SetTeamByoc>,
 ) -> ApiResult<StatusCode> {
-    services.set_byoc(&id, body.byoc).await?;
+    services.set_byoc(&admin, &id, body.byoc).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -148,10 +148,10 @@ async fn set_byoc(
     (status = 404, body = ErrorBody, description = "`not_found`")))]
 async fn delete_team(
     State(services): State<Services>,
-    PlatformAdmin(_): PlatformAdmin,
+    PlatformAdmin(admin): PlatformAdmin,
     Segments(id): Segments<String>,
 ) -> ApiResult<StatusCode> {
-    services.admin_delete_team(&id).await?;
+    services.admin_delete_team(&admin, &id).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -210,11 +210,11 @@ async fn list_users(
     (status = 413, body = ErrorBody, description = "`payload_too_large`")))]
 async fn set_active(
     State(services): State<Services>,
-    PlatformAdmin(_): PlatformAdmin,
+    PlatformAdmin(admin): PlatformAdmin,
     Segments(id): Segments<String>,
     Body(body): Body<SetUserActive>,
 ) -> ApiResult<StatusCode> {
-    services.set_active(&id, body.active).await?;
+    services.set_active(&admin, &id, body.active).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -282,10 +282,10 @@ fn wire_template((template, team_name): (domain::Template, String)) -> AdminTemp
     (status = 409, body = ErrorBody, description = "`conflict`: sandboxes still use it, or several have this name; `invalid_state`: still building")))]
 async fn delete_template(
     State(services): State<Services>,
-    PlatformAdmin(_): PlatformAdmin,
+    PlatformAdmin(admin): PlatformAdmin,
     Segments(name): Segments<String>,
 ) -> ApiResult<StatusCode> {
-    services.admin_delete_template(&name).await?;
+    services.admin_delete_template(&admin, &name).await?;
     Ok(StatusCode::NO_CONTENT)
 }
 

@@ -1,7 +1,7 @@
 //! What platform admins see and do across teams.
 
 use super::{Services, validate};
-use crate::domain::{Template, TemplateId, UserId};
+use crate::domain::{Session, TeamId, Template, TemplateId, UserId};
 use crate::store::admin::{AdminTeamRow, AdminUserRow, Standing};
 use crate::{Error, ErrorCode, Result};
 
@@ -37,14 +37,14 @@ impl Services {
     }
 
     /// Lets a team bring hosts of its own, or not.
-    pub(crate) async fn set_byoc(&self, id: &str, byoc: bool) -> Result<()> {
+    pub(crate) async fn set_byoc(&self, admin: &Session, id: &str, byoc: bool) -> Result<()> {
         let missing = || Error::not_found("team", id);
-        let team = id.parse().map_err(|_| missing())?;
-        if self.store.team_set_byoc(team, byoc).await? {
-            Ok(())
-        } else {
-            Err(missing())
+        let team: TeamId = id.parse().map_err(|_| missing())?;
+        if !self.store.team_set_byoc(team, byoc).await? {
+            return Err(missing());
         }
+        tracing::info!(admin = %admin.user, %team, byoc, "a platform admin changed whether a team may bring hosts");
+        Ok(())
     }
 
     /// All users, newest first.
@@ -59,11 +59,14 @@ impl Services {
     }
 
     /// Lets a user log in, or ends their sessions and keeps them out.
-    pub(crate) async fn set_active(&self, id: &str, active: bool) -> Result<()> {
+    pub(crate) async fn set_active(&self, admin: &Session, id: &str, active: bool) -> Result<()> {
         let missing = || Error::not_found("user", id);
         let user: UserId = id.parse().map_err(|_| missing())?;
         match self.store.user_set_active(user, active).await? {
-            Standing::Changed => Ok(()),
+            Standing::Changed => {
+                tracing::info!(admin = %admin.user, %user, active, "a platform admin changed whether a user may log in");
+                Ok(())
+            }
             Standing::Missing => Err(missing()),
             Standing::LastAdmin => Err(Error::new(
                 ErrorCode::Conflict,
@@ -84,7 +87,7 @@ impl Services {
     }
 
     /// Removes any team's template, by id or by name: the platform's, or the only one of that name.
-    pub(crate) async fn admin_delete_template(&self, name: &str) -> Result<()> {
+    pub(crate) async fn admin_delete_template(&self, admin: &Session, name: &str) -> Result<()> {
         let missing = || Error::not_found("template", name);
         if name.len() > 300 || name.contains('\0') {
             return Err(missing());
@@ -94,7 +97,7 @@ impl Services {
         } else {
             let mut named = self.store.templates_named(name, 2).await?.into_iter();
             let first = named.next().ok_or_else(missing)?;
-            if first.team != crate::domain::TeamId::PLATFORM && named.next().is_some() {
+            if first.team != TeamId::PLATFORM && named.next().is_some() {
                 return Err(Error::new(
                     ErrorCode::Conflict,
                     format!("several teams have a template named '{name}'; name it by its id"),
@@ -108,6 +111,9 @@ impl Services {
                 "the built-in template cannot be deleted",
             ));
         }
-        self.remove_template(template).await
+        let (id, team) = (template.id, template.team);
+        self.remove_template(template).await?;
+        tracing::info!(admin = %admin.user, template = %id, %team, "a platform admin deleted a template");
+        Ok(())
     }
 }

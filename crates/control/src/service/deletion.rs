@@ -58,7 +58,7 @@ impl Services {
     }
 
     /// A platform admin deletes a team.
-    pub(crate) async fn admin_delete_team(&self, id: &str) -> Result<()> {
+    pub(crate) async fn admin_delete_team(&self, admin: &Session, id: &str) -> Result<()> {
         let team = id.parse().map_err(|_| Error::not_found("team", id))?;
         if team == TeamId::PLATFORM {
             return Err(Error::new(
@@ -66,7 +66,9 @@ impl Services {
                 "the platform's own team cannot be deleted",
             ));
         }
-        self.take_down(team, None, id).await
+        self.take_down(team, None, id).await?;
+        tracing::info!(admin = %admin.user, %team, "a platform admin deleted a team");
+        Ok(())
     }
 
     async fn take_down(&self, team: TeamId, owner: Option<UserId>, id: &str) -> Result<()> {
