@@ -152,7 +152,7 @@ async fn a_deleted_team_takes_everything_with_it_and_nothing_of_others() {
     assert_gone(&world, &ada).await;
     world.host.with(|model| {
         let left: Vec<_> = model.sandboxes.keys().map(ToString::to_string).collect();
-        assert_eq!(left, [others.clone()]);
+        assert_eq!(left, std::slice::from_ref(&others));
         assert_eq!(model.snapshots.len(), 1);
     });
     let (_, body) = world

@@ -61,8 +61,9 @@ pub fn decide_member_change(situation: Situation, change: MemberChange) -> Resul
         other_owners,
     } = situation;
     let actor = actor.ok_or(Refused::NotInTeam)?;
-    let managing = !matches!(change, MemberChange::Leave) && !(same && change == MemberChange::Remove);
-    if managing && actor < Role::Admin {
+    // Everybody may go by themselves.
+    let going = change == MemberChange::Leave || (same && change == MemberChange::Remove);
+    if !going && actor < Role::Admin {
         return Err(Refused::NeedsAdmin);
     }
     let Some(target) = target else {
