@@ -121,6 +121,10 @@ pub struct Timings {
     pub stream_keepalive: Duration,
     /// What is left of background work at shutdown.
     pub shutdown_grace: Duration,
+    /// Between two passes of the housekeeping: unfinished deletions, accounts whose grace is over, last uses of keys.
+    pub housekeeping_interval: Duration,
+    /// How long a deleted account is kept before its row goes; its address stays taken as long.
+    pub account_grace: Duration,
 }
 
 impl Default for Timings {
@@ -141,6 +145,8 @@ impl Default for Timings {
             event_retention: Duration::from_secs(24 * 3600),
             stream_keepalive: Duration::from_secs(15),
             shutdown_grace: Duration::from_secs(10),
+            housekeeping_interval: Duration::from_secs(10),
+            account_grace: Duration::from_secs(15 * 24 * 3600),
         }
     }
 }

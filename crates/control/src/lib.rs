@@ -36,7 +36,7 @@ pub use service::bootstrap::{Bootstrap, HostToken};
 pub use service::events::RelayPass;
 pub use service::monitor::MonitorPass;
 
-use domain::{HostId, TeamId};
+use domain::{HostId, TeamId, UserId};
 use extension::{Extension, Extensions};
 
 /// Builds a [`ControlPlane`].
@@ -219,6 +219,49 @@ impl ControlPlane {
         self.services.lease_pass().await
     }
 
+    /// Creates an active user with a default team of their own, whose name is theirs; without a password hash (Argon2's
+    /// text form) they cannot log in with a password. For operators and tests: people sign up.
+    ///
+    /// # Errors
+    /// The address is taken, or the database failed.
+    pub async fn create_user(&self, email: &str, name: &str, password_hash: Option<&str>) -> Result<UserId> {
+        self.services.create_user(email, name, password_hash).await
+    }
+
+    /// A session token for a user in a team, or in the one that they work in by default. For operators and tests: people
+    /// log in.
+    ///
+    /// # Errors
+    /// There is no such user, they are not in the team, or the database failed.
+    pub async fn issue_session(&self, user: UserId, team: Option<TeamId>) -> Result<String> {
+        self.services.issue_session(user, team).await
+    }
+
+    /// Takes up all deletions of teams that are not finished; returns how many still are not, for example because a host
+    /// is away.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn deletion_pass(&self) -> Result<usize> {
+        self.services.deletion_pass().await
+    }
+
+    /// Deletes the accounts whose grace is over for good; returns how many.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn hard_delete_pass(&self) -> Result<u64> {
+        self.services.hard_delete_pass().await
+    }
+
+    /// Writes down when keys were last used, which otherwise happens every few seconds.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn write_key_uses(&self) -> Result<()> {
+        self.services.write_key_uses().await
+    }
+
     /// The HTTP API.
     pub fn router(&self) -> axum::Router {
         api::router(self.services.clone(), &self.extensions)
@@ -241,6 +284,7 @@ impl ControlPlane {
         self.services.start_monitor();
         self.services.start_events();
         self.services.start_pruning();
+        self.services.start_housekeeping();
         self.extensions.start_workers(&self.services);
         Ok(())
     }
@@ -295,6 +339,9 @@ impl ControlPlane {
             .tasks
             .shut_down(self.services.config.timings.shutdown_grace)
             .await;
+        if let Err(error) = self.services.write_key_uses().await {
+            tracing::warn!(%error, "the last uses of keys were not written down");
+        }
         self.services.resign().await;
         self.services.leave_stream().await;
         if let Err(error) = self.services.store.clone().close().await {

@@ -18,6 +18,9 @@ pub enum TaskKind {
     Monitor,
     /// An extension's worker. At shutdown it ends at its next wait.
     Worker,
+    /// Finishes deletions and writes down what was collected. At shutdown it ends at its next wait; what is left is
+    /// marked in the database, and the next process takes it up.
+    Housekeeping,
 }
 
 impl TaskKind {
@@ -26,13 +29,14 @@ impl TaskKind {
             Self::Drive => "drive",
             Self::Monitor => "monitor",
             Self::Worker => "worker",
+            Self::Housekeeping => "housekeeping",
         }
     }
 
     /// Whether cancellation drops the task at its next await, or lets it finish.
     fn stops_at_once(self) -> bool {
         match self {
-            Self::Monitor | Self::Worker => true,
+            Self::Monitor | Self::Worker | Self::Housekeeping => true,
             Self::Drive => false,
         }
     }

@@ -15,7 +15,23 @@ use crate::service::Services;
 use crate::service::sandboxes::MAX_WAIT;
 use crate::{Error, ErrorCode};
 
-/// The caller, by API key or session token.
+/// Whose things a route is about; a router's layer puts it into the requests of routes that are mounted twice.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Realm {
+    /// The team's of the caller's key or session.
+    #[default]
+    Team,
+    /// The platform team's; for platform admins.
+    Platform,
+}
+
+impl Realm {
+    fn of(parts: &Parts) -> Self {
+        parts.extensions.get().copied().unwrap_or_default()
+    }
+}
+
+/// The caller, by API key or session token; in the platform's realm a platform admin, acting for the platform team.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Caller(pub(crate) Principal);
 
@@ -27,7 +43,11 @@ impl FromRequestParts<Services> for Caller {
             .headers
             .get("x-api-key")
             .and_then(|value| value.to_str().ok());
-        Ok(Self(services.authenticate(key, bearer(&parts.headers)).await?))
+        let bearer = bearer(&parts.headers);
+        Ok(Self(match Realm::of(parts) {
+            Realm::Team => services.authenticate(key, bearer).await?,
+            Realm::Platform => services.authenticate_platform(bearer).await?,
+        }))
     }
 }
 
@@ -51,18 +71,14 @@ impl FromRequestParts<Services> for PlatformAdmin {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
-        let Signed(session) = Signed::from_request_parts(parts, services).await?;
-        if !session.platform_admin {
-            return Err(Error::new(ErrorCode::Forbidden, "only platform admins may do this").into());
-        }
-        Ok(Self(session))
+        Ok(Self(services.authenticate_admin(bearer(&parts.headers)).await?))
     }
 }
 
 /// The caller of a WebSocket: by API key, or not yet known. Browsers cannot set headers on a WebSocket,
 /// so the key may come in the first message; a key that is in a header has to be valid.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct SocketCaller(pub(crate) Option<Principal>);
+pub(crate) struct SocketCaller(pub(crate) Option<Principal>, pub(crate) Realm);
 
 impl FromRequestParts<Services> for SocketCaller {
     type Rejection = ApiError;
@@ -73,10 +89,10 @@ impl FromRequestParts<Services> for SocketCaller {
             header::AUTHORIZATION,
         ];
         if !tried.iter().any(|name| parts.headers.contains_key(name)) {
-            return Ok(Self(None));
+            return Ok(Self(None, Realm::of(parts)));
         }
         let Caller(principal) = Caller::from_request_parts(parts, services).await?;
-        Ok(Self(Some(principal)))
+        Ok(Self(Some(principal), Realm::of(parts)))
     }
 }
 

@@ -1,6 +1,7 @@
 //! The HTTP edge: routes, extractors, errors, WebSockets and the OpenAPI document. No business logic.
 
 mod accounts;
+mod admin;
 mod around;
 mod convert;
 mod error;
@@ -68,6 +69,7 @@ fn documented() -> OpenApiRouter<Services> {
         .routes(routes!(hosts::sandbox_events))
         .merge(accounts::routes())
         .merge(teams::routes())
+        .merge(admin::routes())
         .merge(events::routes())
         .merge(around::routes())
         .routes(routes!(meta::health))

@@ -49,6 +49,7 @@ async fn answer(
     (status = 202, body = Sandbox, description = "Accepted"),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
+    (status = 403, body = ErrorBody, description = "`forbidden`: a session in no active team"),
     (status = 404, body = ErrorBody, description = "`not_found`: no such template"),
     (status = 409, body = ErrorBody, description = "`invalid_state`: the template is not ready"),
     (status = 413, body = ErrorBody, description = "`payload_too_large`"),

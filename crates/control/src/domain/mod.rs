@@ -6,6 +6,7 @@
 
 pub(crate) mod event;
 pub mod lifecycle;
+pub mod membership;
 
 use std::collections::BTreeMap;
 

@@ -45,15 +45,9 @@ impl Services {
         if key.len() > MAX_CREDENTIAL {
             return Err(denied("the API key is not valid"));
         }
-        let (principal, last_used) = self
-            .store
-            .principal_by_key_hash(&auth::hash(key))
+        self.principal_of_key(key)
             .await?
-            .ok_or_else(|| denied("the API key is not valid"))?;
-        if let Actor::Key(key) = principal.actor {
-            self.store.touch_key(key, last_used).await?;
-        }
-        Ok(principal)
+            .ok_or_else(|| denied("the API key is not valid"))
     }
 
     /// The person behind a session token, as the database knows them now.
@@ -86,6 +80,27 @@ impl Services {
             (None, Some(token)) => self.authenticate_session(Some(token)).await?.principal(),
             (key, _) => self.authenticate_key(key.or(bearer)).await,
         }
+    }
+
+    /// The platform admin behind a session token.
+    pub(crate) async fn authenticate_admin(&self, token: Option<&str>) -> Result<Session> {
+        let session = self.authenticate_session(token).await?;
+        if !session.platform_admin {
+            return Err(Error::new(
+                ErrorCode::Forbidden,
+                "only platform admins may do this",
+            ));
+        }
+        Ok(session)
+    }
+
+    /// A platform admin, acting for the platform's own team.
+    pub(crate) async fn authenticate_platform(&self, token: Option<&str>) -> Result<Principal> {
+        let session = self.authenticate_admin(token).await?;
+        Ok(Principal {
+            team: TeamId::PLATFORM,
+            actor: Actor::User(session.user),
+        })
     }
 
     /// The host behind a bearer token.

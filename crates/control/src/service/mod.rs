@@ -3,15 +3,19 @@
 //! Services know the store, the hosts and the bus; they know nothing of HTTP.
 
 pub(crate) mod access;
+pub(crate) mod admin;
 pub(crate) mod bootstrap;
+pub(crate) mod deletion;
 mod drive;
 pub(crate) mod events;
 pub(crate) mod files;
 pub(crate) mod hosts;
+pub(crate) mod keys;
 mod leader;
 pub(crate) mod monitor;
 pub(crate) mod processes;
 pub(crate) mod sandboxes;
+pub(crate) mod teams;
 pub(crate) mod templates;
 pub(crate) mod validate;
 
@@ -49,6 +53,10 @@ pub struct Inner {
     /// Wake-ups for them, until somebody carries these.
     carry: Mutex<Option<tokio::sync::mpsc::Receiver<Event>>>,
     leadership: leader::Leadership,
+    /// API keys that were looked up lately.
+    known_keys: keys::KnownKeys,
+    /// Deleted teams that are being emptied.
+    purging: deletion::Purging,
     pool: Pool,
     scheduler: Scheduler,
     /// Decisions that a task of this process carries at the moment, and whether they were asked for again since.
@@ -90,6 +98,8 @@ impl Services {
                 link,
                 carry: Mutex::new(carry),
                 leadership: leader::Leadership::new(instance),
+                known_keys: keys::KnownKeys::default(),
+                purging: deletion::Purging::default(),
                 pool: Pool::new(),
                 scheduler: Scheduler::default(),
                 driven: Mutex::default(),

@@ -89,7 +89,9 @@ impl Services {
             updated_at: now,
             status_at: now,
         };
-        self.store.sandbox_insert(&sandbox).await?;
+        if !self.store.sandbox_insert(&sandbox).await? {
+            return Err(super::teams::team_gone());
+        }
         self.bus.publish(Event::Sandbox(sandbox.id));
         self.drive(sandbox.id);
         Ok(Accepted {

@@ -123,7 +123,8 @@ impl Services {
             size_bytes: 0,
             created_at: now(),
         };
-        self.store
+        let inserted = self
+            .store
             .template_insert(&template, replaces)
             .await
             .map_err(|error| {
@@ -133,6 +134,9 @@ impl Services {
                     error.into()
                 }
             })?;
+        if !inserted {
+            return Err(super::teams::team_gone());
+        }
         if let Some(host) = sandbox.host {
             self.store.template_holder_add(template.id, host).await?;
         }
@@ -175,6 +179,11 @@ impl Services {
                 ),
             ));
         }
+        self.remove_template(template).await
+    }
+
+    /// Removes a template, whoever owns it.
+    pub(super) async fn remove_template(&self, template: Template) -> Result<()> {
         if template.status == TemplateStatus::Building {
             return Err(Error::new(
                 ErrorCode::InvalidState,

@@ -147,6 +147,39 @@ pub(crate) fn path(path: &str) -> Result<()> {
     Ok(())
 }
 
+/// Most items in one page of a listing.
+const MAX_PAGE: u32 = 1000;
+/// Items in a page when the client names no number.
+const DEFAULT_PAGE: u32 = 100;
+
+/// A part of a listing that goes by id, newest first.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct PageOf<Id> {
+    pub(crate) limit: u64,
+    /// Only what is older than this one.
+    pub(crate) before: Option<Id>,
+}
+
+/// Which part of a listing to return.
+pub(crate) fn page<Id>(limit: Option<u32>, before: Option<&str>) -> Result<PageOf<Id>>
+where
+    Id: std::str::FromStr<Err = wrenn_proto::id::InvalidId>,
+{
+    let limit = limit.unwrap_or(DEFAULT_PAGE);
+    within("limit", limit, 1, MAX_PAGE)?;
+    let before = before
+        .map(|before| {
+            before
+                .parse()
+                .map_err(|error| Error::invalid(format!("before: {error}")))
+        })
+        .transpose()?;
+    Ok(PageOf {
+        limit: limit.into(),
+        before,
+    })
+}
+
 /// A template's name as clients may choose it.
 pub(crate) fn template_name(name: &str) -> Result<()> {
     let good = (1..=128).contains(&name.len())

@@ -1,17 +1,11 @@
 //! Users, teams, memberships and API keys.
 
 use sea_orm::ActiveValue::Set;
-use sea_orm::{
-    ActiveModelTrait, ColumnTrait, DbErr, EntityTrait, FromQueryResult, PaginatorTrait, QueryFilter,
-    TransactionTrait,
-};
+use sea_orm::{ActiveModelTrait, DbErr, EntityTrait, FromQueryResult, PaginatorTrait, TransactionTrait};
 
 use super::Store;
 use super::entity::{api_key, membership, team, user};
-use crate::domain::{Actor, KeyId, Millis, Principal, TeamId, UserId, now};
-
-/// How often `last_used` is written at most, in milliseconds.
-const LAST_USED_RESOLUTION: Millis = 60_000;
+use crate::domain::{KeyId, Millis, TeamId, UserId, now};
 
 /// A user as a session sees them.
 #[derive(Debug, FromQueryResult)]
@@ -69,6 +63,7 @@ impl Store {
             slug: Set(new.slug.to_owned()),
             created_at: Set(now),
             deleted_at: Set(None),
+            ..Default::default()
         }
         .insert(&transaction)
         .await?;
@@ -99,39 +94,13 @@ impl Store {
             slug: Set(new.slug.to_owned()),
             created_at: Set(now),
             deleted_at: Set(None),
+            ..Default::default()
         }
         .insert(&transaction)
         .await?;
         key_row(key, team, None, &new, now).insert(&transaction).await?;
         transaction.commit().await?;
         Ok((team, key))
-    }
-
-    /// Who a key belongs to, by its hash; one query. Keys of deleted teams count as unknown.
-    pub(crate) async fn principal_by_key_hash(
-        &self,
-        key_hash: &str,
-    ) -> Result<Option<(Principal, Millis)>, DbErr> {
-        use sea_orm::sea_query::Query;
-        let live_teams = Query::select()
-            .column(team::Column::Id)
-            .from(team::Entity)
-            .and_where(team::Column::DeletedAt.is_null())
-            .to_owned();
-        let row = api_key::Entity::find()
-            .filter(api_key::Column::KeyHash.eq(key_hash))
-            .filter(api_key::Column::TeamId.in_subquery(live_teams))
-            .one(&self.db)
-            .await?;
-        Ok(row.map(|row| {
-            (
-                Principal {
-                    team: TeamId(row.team_id),
-                    actor: Actor::Key(KeyId(row.id)),
-                },
-                row.last_used.unwrap_or_default(),
-            )
-        }))
     }
 
     /// The user of a session and their place in its team, as of now; one query. `None` when there is no such user.
@@ -183,20 +152,6 @@ impl Store {
             .await?
             .map(|row| SessionRow::from_query_result(&row, ""))
             .transpose()
-    }
-
-    /// Notes that a key was used, at most once a minute.
-    pub(crate) async fn touch_key(&self, key: KeyId, last_used: Millis) -> Result<(), DbErr> {
-        let now = now();
-        if now - last_used < LAST_USED_RESOLUTION {
-            return Ok(());
-        }
-        api_key::Entity::update_many()
-            .col_expr(api_key::Column::LastUsed, now.into())
-            .filter(api_key::Column::Id.eq(key.0))
-            .exec(&self.db)
-            .await
-            .map(drop)
     }
 }
 

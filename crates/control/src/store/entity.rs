@@ -83,6 +83,9 @@ table!(team, "teams", {
     pub slug: String,
     pub created_at: i64,
     pub deleted_at: Option<i64>,
+    pub byoc: bool,
+    pub deletion: Option<String>,
+    pub members_version: i32,
 });
 
 table!(membership, "users_teams", {

@@ -8,13 +8,17 @@
 //! transactions here begin with a write (which waits its turn) or consist of writes alone.
 
 mod accounts;
+pub(crate) mod admin;
+pub(crate) mod deletion;
 mod entity;
 mod events;
 mod hosts;
+pub(crate) mod keys;
 mod leases;
 mod migration;
 mod migrations;
 mod sandboxes;
+pub(crate) mod teams;
 mod templates;
 
 use std::path::Path;

@@ -119,13 +119,19 @@ pub(crate) struct SandboxFilter {
 }
 
 impl Store {
-    /// Adds a record.
-    pub(crate) async fn sandbox_insert(&self, sandbox: &Sandbox) -> Result<(), DbErr> {
+    /// Adds a record, if its team lives; returns whether it does. A deletion of the team waits for it, or is
+    /// seen by it, so no sandbox outlives its team.
+    pub(crate) async fn sandbox_insert(&self, sandbox: &Sandbox) -> Result<bool, DbErr> {
         let created = NewEvent::sandbox(sandbox.team, sandbox.id, None, sandbox.status, None);
         let transaction = self.db.begin().await?;
         row(sandbox)?.insert(&transaction).await?;
+        if !super::teams::team_held(&transaction, sandbox.team).await? {
+            transaction.rollback().await?;
+            return Ok(false);
+        }
         record(&transaction, created).await?;
-        transaction.commit().await
+        transaction.commit().await?;
+        Ok(true)
     }
 
     /// One record, whoever owns it.

@@ -15,7 +15,7 @@ use crate::domain::event::{EventKind, EventOutcome, EventPayload, NewEvent};
 use crate::domain::{HostId, TeamId, Template, TemplateId, TemplateKind, TemplateStatus, now};
 
 /// Marks a template whose files are being removed; clients do not see it any more.
-const DELETING: &str = "deleting";
+pub(super) const DELETING: &str = "deleting";
 
 pub(crate) fn status_word(status: TemplateStatus) -> &'static str {
     match status {
@@ -120,12 +120,13 @@ impl Store {
     }
 
     /// Adds a template in the making. With `replaces`, it gets a provisional name until it is ready.
-    /// Fails with a duplicate error when the name is taken.
+    /// Fails with a duplicate error when the name is taken; `false` when the team does not live.
     pub(crate) async fn template_insert(
         &self,
         template: &Template,
         replaces: Option<TemplateId>,
-    ) -> Result<(), DbErr> {
+    ) -> Result<bool, DbErr> {
+        let transaction = self.db.begin().await?;
         let (name, final_name) = match replaces {
             Some(_) => (
                 format!("{}@{}", template.name, template.id),
@@ -150,9 +151,14 @@ impl Store {
             created_at: Set(template.created_at),
             updated_at: Set(template.created_at),
         }
-        .insert(&self.db)
-        .await
-        .map(drop)
+        .insert(&transaction)
+        .await?;
+        if !super::teams::team_held(&transaction, template.team).await? {
+            transaction.rollback().await?;
+            return Ok(false);
+        }
+        transaction.commit().await?;
+        Ok(true)
     }
 
     /// A snapshot is done: stores its sizes and its host, and puts it in the place of what it replaces.
@@ -166,9 +172,12 @@ impl Store {
         memory_mb: u32,
         disk_size_mb: u32,
     ) -> Result<(), DbErr> {
-        let Some(row) = Entity::find_by_id(id.0).one(&self.db).await? else {
-            return Ok(());
-        };
+        // One that is to go stays so, and does not take the place of another.
+        let row = Entity::find_by_id(id.0)
+            .filter(Column::Status.ne(DELETING))
+            .one(&self.db)
+            .await?;
+        let Some(row) = row else { return Ok(()) };
         let now = now();
         let transaction = self.db.begin().await?;
         if let (Some(replaced), Some(name)) = (row.replaces, &row.final_name) {
@@ -180,7 +189,7 @@ impl Store {
                 .exec(&transaction)
                 .await?;
         }
-        Entity::update_many()
+        let updated = Entity::update_many()
             .col_expr(Column::Status, status_word(TemplateStatus::Ready).into())
             .col_expr(
                 Column::Name,
@@ -196,8 +205,12 @@ impl Store {
             .col_expr(Column::DiskSizeMb, int(disk_size_mb).into())
             .col_expr(Column::UpdatedAt, now.into())
             .filter(Column::Id.eq(id.0))
+            .filter(Column::Status.ne(DELETING))
             .exec(&transaction)
             .await?;
+        if updated.rows_affected == 0 {
+            return transaction.rollback().await;
+        }
         template_host::Entity::insert(holder(id, host, TemplateStatus::Ready, "", 100, size_bytes))
             .on_conflict(holder_conflict())
             .exec_without_returning(&transaction)
@@ -412,7 +425,7 @@ fn holder_conflict() -> OnConflict {
         .to_owned()
 }
 
-fn domain(row: Model) -> Result<Template, DbErr> {
+pub(super) fn domain(row: Model) -> Result<Template, DbErr> {
     let kind = match row.kind.as_str() {
         "base" => TemplateKind::Base,
         "snapshot" => TemplateKind::Snapshot,

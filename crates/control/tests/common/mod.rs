@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
-use wrenn_control::{ControlConfig, ControlPlane, MasterSecret};
+use wrenn_control::{Bootstrap, ControlConfig, ControlPlane, MasterSecret};
 use wrenn_proto::id::SandboxId;
 use wrenn_testkit::servers::Postgres;
 use wrenn_testkit::simhost::SimHost;
@@ -31,6 +31,7 @@ pub struct World {
     pub running: Running,
     pub host: SimHost,
     pub key: String,
+    pub bootstrap: Bootstrap,
     pub http: reqwest::Client,
     pub config: ControlConfig,
     // Last, so that they outlive what uses them.
@@ -120,7 +121,8 @@ impl World {
         Self {
             running,
             host,
-            key: bootstrap.api_key,
+            key: bootstrap.api_key.clone(),
+            bootstrap,
             http: reqwest::Client::new(),
             config,
             postgres,
@@ -138,6 +140,7 @@ impl World {
             running,
             mut host,
             key,
+            bootstrap,
             http,
             mut config,
             postgres,
@@ -151,6 +154,7 @@ impl World {
             running,
             host,
             key,
+            bootstrap,
             http,
             config,
             postgres,
@@ -161,6 +165,18 @@ impl World {
     /// A folder that goes with the world.
     pub fn dir(&self) -> &std::path::Path {
         self._dir.path()
+    }
+
+    /// The settings, for a second control plane on the same database.
+    pub fn config(&self) -> ControlConfig {
+        self.config.clone()
+    }
+
+    /// The database, to look at what the API does not show.
+    pub async fn database(&self) -> sea_orm::DatabaseConnection {
+        let file = || format!("sqlite://{}", self.config.data_dir.join("control.db").display());
+        let url = self.config.database_url.clone().unwrap_or_else(file);
+        sea_orm::Database::connect(url).await.expect("the database")
     }
 
     pub fn url(&self, path: &str) -> String {
@@ -233,6 +249,61 @@ pub async fn answer(request: reqwest::RequestBuilder) -> (u16, Value) {
     let status = response.status().as_u16();
     let text = response.text().await.expect("a body");
     (status, serde_json::from_str(&text).unwrap_or(Value::Null))
+}
+
+/// A person with a session and a team of their own.
+pub struct Person {
+    pub id: wrenn_proto::id::UserId,
+    pub email: String,
+    pub token: String,
+    pub team: String,
+}
+
+impl World {
+    /// Somebody new.
+    pub async fn person(&self, name: &str) -> Person {
+        let email = format!("{name}@example.com");
+        let id = self
+            .running
+            .control
+            .create_user(&email, name, None)
+            .await
+            .expect("a user");
+        let token = self.session(id, None).await;
+        let (status, teams) = self.call_as(&token, "GET", "/v1/teams", None).await;
+        assert_eq!(status, 200, "{teams}");
+        let team = teams[0]["id"].as_str().expect("a team").to_owned();
+        Person {
+            id,
+            email,
+            token,
+            team,
+        }
+    }
+
+    /// A session of a user, in a team or their default one.
+    pub async fn session(&self, user: wrenn_proto::id::UserId, team: Option<&str>) -> String {
+        let team = team.map(|team| team.parse().expect("a team id"));
+        self.running
+            .control
+            .issue_session(user, team)
+            .await
+            .expect("a session")
+    }
+
+    /// Sends a request with a session.
+    pub async fn call_as(&self, token: &str, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
+        let method = reqwest::Method::from_bytes(method.as_bytes()).expect("a method");
+        let mut request = self
+            .http
+            .request(method, self.url(path))
+            .bearer_auth(token)
+            .timeout(DEADLINE);
+        if let Some(body) = body {
+            request = request.json(&body);
+        }
+        answer(request).await
+    }
 }
 
 /// The code of an error body.

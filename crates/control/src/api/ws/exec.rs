@@ -50,7 +50,7 @@ pub(super) fn upgrade(upgrade: Upgrade) -> ApiResult<WebSocketUpgrade> {
     (status = 404, body = ErrorBody, description = "`not_found`")))]
 pub(crate) async fn exec_stream(
     State(services): State<Services>,
-    SocketCaller(caller): SocketCaller,
+    SocketCaller(caller, realm): SocketCaller,
     Segments(id): Segments<String>,
     socket: Upgrade,
 ) -> ApiResult<Response> {
@@ -60,7 +60,7 @@ pub(crate) async fn exec_stream(
     let socket = upgrade(socket)?;
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
-        let caller = match identify(&services, caller, &mut stream).await {
+        let caller = match identify(&services, caller, realm, &mut stream).await {
             Ok(caller) => caller,
             Err(error) => return fail(&mut sink, &error).await,
         };
@@ -113,7 +113,7 @@ pub(crate) async fn exec_stream(
     (status = 404, body = ErrorBody, description = "`not_found`")))]
 pub(crate) async fn process_stream(
     State(services): State<Services>,
-    SocketCaller(caller): SocketCaller,
+    SocketCaller(caller, realm): SocketCaller,
     Segments((id, selector)): Segments<(String, String)>,
     socket: Upgrade,
 ) -> ApiResult<Response> {
@@ -124,7 +124,7 @@ pub(crate) async fn process_stream(
     let socket = upgrade(socket)?;
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
-        let caller = match identify(&services, caller, &mut stream).await {
+        let caller = match identify(&services, caller, realm, &mut stream).await {
             Ok(caller) => caller,
             Err(error) => return fail(&mut sink, &error).await,
         };

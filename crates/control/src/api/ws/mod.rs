@@ -20,6 +20,7 @@ use serde::Deserialize;
 use wrenn_proto::rest::{ClientFrame, ServerFrame};
 
 use crate::Error;
+use crate::api::extract::Realm;
 use crate::domain::Principal;
 use crate::service::Services;
 
@@ -123,6 +124,7 @@ enum AuthFrame {
 pub(super) async fn identify(
     services: &Services,
     caller: Option<Principal>,
+    realm: Realm,
     stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
 ) -> Result<Principal, Error> {
     if let Some(caller) = caller {
@@ -136,7 +138,10 @@ pub(super) async fn identify(
         },
         _ => (None, None),
     };
-    services.authenticate(key.as_deref(), token.as_deref()).await
+    match realm {
+        Realm::Team => services.authenticate(key.as_deref(), token.as_deref()).await,
+        Realm::Platform => services.authenticate_platform(token.as_deref()).await,
+    }
 }
 
 /// The first frame, which has to come in time and be JSON.

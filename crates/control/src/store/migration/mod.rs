@@ -8,6 +8,7 @@
 
 mod m0001_initial;
 mod m0002_accounts;
+mod m0003_teams;
 mod m0004_events;
 mod of_extension;
 
@@ -23,6 +24,7 @@ impl MigratorTrait for Migrator {
         vec![
             Box::new(m0001_initial::Initial),
             Box::new(m0002_accounts::Accounts),
+            Box::new(m0003_teams::Teams),
             Box::new(m0004_events::Events),
         ]
     }

@@ -1,0 +1,249 @@
+//! Deletions: of teams with everything that is theirs, and of accounts.
+//!
+//! Whoever asks (an owner, a platform admin, the deletion of an account), the team is marked first and then goes through
+//! [`Services::purge_team`], which can be repeated: its caller starts it at once, and the housekeeping takes up what an
+//! earlier process or an absent host left. Marking and adding exclude each other in the database, so nothing joins a
+//! team that is marked.
+
+use std::collections::HashSet;
+use std::sync::{Mutex, PoisonError};
+
+use futures::StreamExt as _;
+
+use super::Services;
+use super::drive::millis;
+use super::teams::refused;
+use crate::domain::lifecycle::{Action, Request, decide};
+use crate::domain::membership::Refused;
+use crate::domain::{SandboxId, Session, TeamId, UserId, now};
+use crate::store::deletion::AccountDeletion;
+use crate::store::{Change, Outcome};
+use crate::tasks::TaskKind;
+use crate::{Error, ErrorCode, Result};
+
+/// Sandboxes of one team that are destroyed at the same time.
+const AT_ONCE: usize = 64;
+
+/// Teams that a task of this process empties at the moment.
+#[derive(Debug, Default)]
+pub(crate) struct Purging(Mutex<HashSet<TeamId>>);
+
+/// Lets others take a team up when the task that empties it ends, however it ends.
+struct Claim<'a>(&'a Purging, TeamId);
+
+impl Purging {
+    fn claim(&self, team: TeamId) -> Option<Claim<'_>> {
+        let mut teams = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Made only when it is granted: a claim that is dropped gives the team free.
+        teams.insert(team).then(|| Claim(self, team))
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let Self(purging, team) = self;
+        purging
+            .0
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .remove(team);
+    }
+}
+
+impl Services {
+    /// An owner deletes their team.
+    pub(crate) async fn delete_team(&self, session: &Session, id: &str) -> Result<()> {
+        let team = id.parse().map_err(|_| Error::not_found("team", id))?;
+        self.take_down(team, Some(session.user), id).await
+    }
+
+    /// A platform admin deletes a team.
+    pub(crate) async fn admin_delete_team(&self, admin: &Session, id: &str) -> Result<()> {
+        let team = id.parse().map_err(|_| Error::not_found("team", id))?;
+        if team == TeamId::PLATFORM {
+            return Err(Error::new(
+                ErrorCode::Forbidden,
+                "the platform's own team cannot be deleted",
+            ));
+        }
+        self.take_down(team, None, id).await?;
+        tracing::info!(admin = %admin.user, %team, "a platform admin deleted a team");
+        Ok(())
+    }
+
+    async fn take_down(&self, team: TeamId, owner: Option<UserId>, id: &str) -> Result<()> {
+        self.store
+            .team_mark_deleted(team, owner)
+            .await?
+            .map_err(|why: Refused| refused(why, id, ""))?;
+        self.start_purge(team);
+        Ok(())
+    }
+
+    /// A user deletes their account. Teams that they alone own go with it.
+    pub(crate) async fn delete_account(&self, session: &Session) -> Result<()> {
+        match self.store.account_mark_deleted(session.user).await? {
+            AccountDeletion::Deleted(teams) => {
+                tracing::info!(user = %session.user, teams = teams.len(), "an account was deleted");
+                for team in teams {
+                    self.start_purge(team);
+                }
+                Ok(())
+            }
+            AccountDeletion::Missing => Err(Error::new(
+                ErrorCode::Unauthorized,
+                "the session has ended; log in again",
+            )),
+            AccountDeletion::LastAdmin => Err(Error::new(
+                ErrorCode::Conflict,
+                "the platform would be without an admin; make somebody else one first",
+            )),
+            AccountDeletion::Busy => Err(Error::new(
+                ErrorCode::Conflict,
+                "your teams keep changing; try again",
+            )),
+        }
+    }
+
+    /// Empties a team that is marked, in the background. Its keys end here at once.
+    fn start_purge(&self, team: TeamId) {
+        self.known_keys.forget_team(team);
+        let services = self.clone();
+        self.tasks.spawn(TaskKind::Housekeeping, async move {
+            services.purge_logged(team).await;
+        });
+    }
+
+    async fn purge_logged(&self, team: TeamId) {
+        match self.purge_team(team).await {
+            Ok(true) => tracing::info!(%team, "a deleted team is gone with everything that was its own"),
+            Ok(false) => tracing::info!(%team, "parts of a deleted team remain for now"),
+            Err(error) => {
+                tracing::error!(%team, error = &error as &dyn std::error::Error, "emptying a deleted team failed; it will be repeated");
+            }
+        }
+    }
+
+    /// Removes everything of a team that is marked as deleted. Returns whether all is gone: what is on a host that is away, or
+    /// under another task's hands, is left to the next time.
+    ///
+    /// Files of templates in the making are removed only after the sandboxes are gone, since a host ends a snapshot
+    /// under way before it destroys the sandbox; so no file comes after its removal.
+    async fn purge_team(&self, team: TeamId) -> Result<bool> {
+        let Some(_claim) = self.purging.claim(team) else {
+            return Ok(false);
+        };
+        self.store.team_purge_rows(team).await?;
+        self.known_keys.forget_team(team);
+        let mut left = Vec::new();
+        let mut after = None;
+        loop {
+            let page = self.store.sandboxes_left(team, after).await?;
+            let Some(last) = page.last() else { break };
+            after = Some(*last);
+            for id in page {
+                self.destroy_unasked(id).await?;
+                left.push(id);
+            }
+        }
+        self.store.team_templates_hide(team, false).await?;
+        futures::stream::iter(left)
+            .for_each_concurrent(AT_ONCE, |id| self.drive_to_rest(id))
+            .await;
+        if self.store.sandboxes_left(team, None).await?.is_empty() {
+            self.store.team_templates_hide(team, true).await?;
+        }
+        for template in self.store.team_templates_hidden(team).await? {
+            if let Err(error) = self.remove_template_files(template, team).await {
+                tracing::debug!(%template, %error, "a template's files stay for now");
+            }
+        }
+        Ok(self.store.team_purged(team).await?)
+    }
+
+    /// Decides that a sandbox ends, whatever its status.
+    async fn destroy_unasked(&self, id: SandboxId) -> Result<()> {
+        // Losing the race against another change means deciding again on what that change left.
+        for _ in 0..16 {
+            let Some(sandbox) = self.store.sandbox(id).await? else {
+                return Ok(());
+            };
+            let Action::Begin { to, previous } = decide(sandbox.status, Request::Destroy)? else {
+                return Ok(());
+            };
+            let change = Change::decide(to).previous(previous);
+            match self.settle(&sandbox, change).await? {
+                Outcome::Updated | Outcome::Missing => return Ok(()),
+                Outcome::Stale => {}
+            }
+        }
+        Err(Error::new(
+            ErrorCode::Conflict,
+            "the sandbox keeps changing; try again",
+        ))
+    }
+
+    /// Takes up all deletions of teams that are not finished. Returns how many still are not.
+    pub(crate) async fn deletion_pass(&self) -> Result<usize> {
+        let teams = self.store.teams_purging().await?;
+        futures::future::join_all(teams.into_iter().map(|team| self.purge_logged(team))).await;
+        Ok(self.store.teams_purging().await?.len())
+    }
+
+    /// Deletes the rows of accounts whose grace is over. Returns how many.
+    pub(crate) async fn hard_delete_pass(&self) -> Result<u64> {
+        let grace = millis(self.config.timings.account_grace);
+        let deleted = self.store.accounts_hard_delete(now() - grace).await?;
+        if deleted > 0 {
+            tracing::info!(accounts = deleted, "accounts whose grace was over are gone");
+        }
+        Ok(deleted)
+    }
+
+    /// Runs the housekeeping until shutdown, beginning now: unfinished deletions, accounts whose grace is over, last uses
+    /// of keys. Every part can run in several processes at once.
+    pub(crate) fn start_housekeeping(&self) {
+        let services = self.clone();
+        self.tasks.spawn(TaskKind::Housekeeping, async move {
+            loop {
+                services.housekeep().await;
+                tokio::time::sleep(services.config.timings.housekeeping_interval).await;
+            }
+        });
+    }
+
+    async fn housekeep(&self) {
+        match self.store.teams_purging().await {
+            // A task each: a host that does not answer holds up its own team only.
+            Ok(teams) => teams.into_iter().for_each(|team| self.start_purge(team)),
+            Err(error) => failed("finding unfinished deletions", &error.into()),
+        }
+        if let Err(error) = self.hard_delete_pass().await {
+            failed("deleting old accounts", &error);
+        }
+        if let Err(error) = self.write_key_uses().await {
+            failed("writing down the use of keys", &error);
+        }
+    }
+}
+
+fn failed(what: &str, error: &Error) {
+    metrics::counter!("wrenn_housekeeping_failures_total").increment(1);
+    tracing::error!(error = error as &dyn std::error::Error, "{what} failed");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_task_empties_a_team_at_a_time() {
+        let (purging, team) = (Purging::default(), TeamId::new());
+        let first = purging.claim(team);
+        assert!(first.is_some() && purging.claim(TeamId::new()).is_some());
+        assert!(purging.claim(team).is_none());
+        assert!(purging.claim(team).is_none(), "a refusal gives nothing free");
+        drop(first);
+        assert!(purging.claim(team).is_some());
+    }
+}

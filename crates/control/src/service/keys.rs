@@ -1,0 +1,261 @@
+//! API keys: making and revoking them, and telling quickly whose a key is.
+//!
+//! A key that was looked up is known for a moment, so that a busy client costs a query a second rather than one per request. A
+//! revocation is felt at once by the process that makes it, and by every other when its moment is over. When
+//! a key was used is collected in memory and written in batches.
+
+use std::collections::HashMap;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use super::{Services, validate};
+use crate::auth;
+use crate::domain::{Actor, KeyId, Millis, Principal, Role, Session, TeamId, now};
+use crate::store::keys::KeyRow;
+use crate::{Error, Result};
+
+/// How long a looked-up key is known; counted from before the question, so that a revocation is effective within a second
+/// everywhere.
+const KNOWN: Duration = Duration::from_millis(900);
+/// Most keys that are known at once. Beyond it, keys are looked up each time.
+const MOST_KNOWN: usize = 10_000;
+/// Longest name of a key, characters.
+const MAX_NAME: usize = 100;
+
+/// The keys that were looked up lately, by their hash.
+#[derive(Debug, Default)]
+pub(crate) struct KnownKeys(Mutex<Known>);
+
+#[derive(Debug, Default)]
+struct Known {
+    keys: HashMap<String, (Principal, Instant)>,
+    used: HashMap<KeyId, Millis>,
+    /// Counts revocations: an answer that was asked for before one is not kept.
+    revocations: u64,
+}
+
+/// Remembers when a question was asked.
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    at: Instant,
+    revocations: u64,
+}
+
+impl KnownKeys {
+    fn lock(&self) -> MutexGuard<'_, Known> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whose a key is, if that is known; else what [`KnownKeys::learn`] needs.
+    fn recall(&self, hash: &str, at: Instant) -> std::result::Result<Principal, Asked> {
+        let mut known = self.lock();
+        match known.keys.get(hash) {
+            Some((principal, since)) if at.saturating_duration_since(*since) < KNOWN => {
+                let principal = *principal;
+                known.note_use(principal);
+                Ok(principal)
+            }
+            _ => Err(Asked {
+                at,
+                revocations: known.revocations,
+            }),
+        }
+    }
+
+    /// Keeps an answer, unless a revocation came between.
+    fn learn(&self, hash: String, principal: Principal, asked: Asked) {
+        let mut known = self.lock();
+        known.note_use(principal);
+        if known.revocations != asked.revocations {
+            return;
+        }
+        if known.keys.len() >= MOST_KNOWN {
+            known
+                .keys
+                .retain(|_, (_, since)| asked.at.saturating_duration_since(*since) < KNOWN);
+        }
+        if known.keys.len() < MOST_KNOWN || known.keys.contains_key(&hash) {
+            known.keys.insert(hash, (principal, asked.at));
+        }
+    }
+
+    /// Forgets keys that were revoked.
+    fn forget(&self, revoked: impl Fn(&Principal) -> bool) {
+        let mut known = self.lock();
+        known.revocations += 1;
+        known.keys.retain(|_, (principal, _)| !revoked(principal));
+    }
+
+    /// Forgets a team's keys.
+    pub(crate) fn forget_team(&self, team: TeamId) {
+        self.forget(|principal| principal.team == team);
+    }
+}
+
+impl Known {
+    fn note_use(&mut self, principal: Principal) {
+        if let Actor::Key(key) = principal.actor {
+            self.used.insert(key, now());
+        }
+    }
+}
+
+impl Services {
+    /// Whose a key is. A known key costs no query.
+    pub(super) async fn principal_of_key(&self, key: &str) -> Result<Option<Principal>> {
+        let hash = auth::hash(key);
+        let asked = match self.known_keys.recall(&hash, Instant::now()) {
+            Ok(principal) => return Ok(Some(principal)),
+            Err(asked) => asked,
+        };
+        let principal = self.store.principal_by_key_hash(&hash).await?;
+        if let Some(principal) = principal {
+            self.known_keys.learn(hash, principal, asked);
+        }
+        Ok(principal)
+    }
+
+    /// Writes down when keys were last used. Interrupted, it is written again.
+    pub(crate) async fn write_key_uses(&self) -> Result<()> {
+        let uses: Vec<_> = self
+            .known_keys
+            .lock()
+            .used
+            .iter()
+            .map(|(key, at)| (*key, *at))
+            .collect();
+        if uses.is_empty() {
+            return Ok(());
+        }
+        self.store.keys_used(&uses).await?;
+        let mut known = self.known_keys.lock();
+        for (key, at) in uses {
+            if known.used.get(&key) == Some(&at) {
+                known.used.remove(&key);
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a key for the session's team; every member may. Returns its record and, this once, the secret.
+    pub(crate) async fn create_key(&self, session: &Session, name: &str) -> Result<(KeyRow, String)> {
+        let (team, _) = session.in_team()?;
+        let name = name.trim();
+        if !(1..=MAX_NAME).contains(&name.chars().count()) || name.chars().any(char::is_control) {
+            return Err(Error::invalid(format!(
+                "name must be 1 to {MAX_NAME} characters without control characters"
+            )));
+        }
+        let key = auth::new_api_key()?;
+        let prefix = key.get(..auth::VISIBLE_KEY_CHARS).unwrap_or_default();
+        let (id, created_at) = self
+            .store
+            .key_create(team, session.user, name, &auth::hash(&key), prefix)
+            .await?
+            .ok_or_else(super::teams::team_gone)?;
+        let row = KeyRow {
+            id: id.0,
+            team_id: team.0,
+            name: name.to_owned(),
+            key_prefix: prefix.to_owned(),
+            created_at,
+            last_used: None,
+            creator_email: Some(session.email.clone()),
+        };
+        Ok((row, key))
+    }
+
+    /// The keys of the session's team, newest first.
+    pub(crate) async fn list_keys(
+        &self,
+        session: &Session,
+        limit: Option<u32>,
+        before: Option<&str>,
+    ) -> Result<Vec<KeyRow>> {
+        let (team, _) = session.in_team()?;
+        let page = validate::page(limit, before)?;
+        Ok(self.store.keys_of_team(team, page.limit, page.before).await?)
+    }
+
+    /// Revokes a key of the session's team: any as an admin or owner, one's own as a member.
+    pub(crate) async fn delete_key(&self, session: &Session, id: &str) -> Result<()> {
+        let missing = || Error::not_found("API key", id);
+        let (team, role) = session.in_team()?;
+        let key: KeyId = id.parse().map_err(|_| missing())?;
+        let creator = (role < Role::Admin).then_some(session.user);
+        if self.store.key_delete(team, key, creator).await? {
+            self.known_keys
+                .forget(|principal| principal.actor == Actor::Key(key));
+            return Ok(());
+        }
+        if creator.is_some() && self.store.key_exists(team, key).await? {
+            return Err(Error::new(
+                crate::ErrorCode::Forbidden,
+                "members may delete only the keys that they made; ask an admin or owner of the team",
+            ));
+        }
+        Err(missing())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn principal() -> Principal {
+        Principal {
+            team: TeamId::new(),
+            actor: Actor::Key(KeyId::new()),
+        }
+    }
+
+    #[test]
+    fn a_key_is_known_for_a_moment() {
+        let (known, start, key) = (KnownKeys::default(), Instant::now(), principal());
+        let asked = known.recall("a", start).expect_err("unknown");
+        known.learn("a".to_owned(), key, asked);
+        assert_eq!(
+            known.recall("a", start + KNOWN - Duration::from_millis(1)).ok(),
+            Some(key)
+        );
+        assert!(known.recall("a", start + KNOWN).is_err());
+        assert!(KNOWN < Duration::from_secs(1));
+    }
+
+    #[test]
+    fn an_answer_from_before_a_revocation_is_not_kept() {
+        let (known, start, key) = (KnownKeys::default(), Instant::now(), principal());
+        let asked = known.recall("a", start).expect_err("unknown");
+        known.forget(|other| other.actor == key.actor);
+        known.learn("a".to_owned(), key, asked);
+        assert!(known.recall("a", start).is_err());
+    }
+
+    #[test]
+    fn a_revoked_key_is_forgotten_and_others_are_not() {
+        let (known, start) = (KnownKeys::default(), Instant::now());
+        let keys = [principal(), principal()];
+        for (hash, key) in ["a", "b"].into_iter().zip(keys) {
+            let asked = known.recall(hash, start).expect_err("unknown");
+            known.learn(hash.to_owned(), key, asked);
+        }
+        known.forget_team(keys[0].team);
+        assert!(known.recall("a", start).is_err());
+        assert_eq!(known.recall("b", start).ok(), Some(keys[1]));
+    }
+
+    #[test]
+    fn no_more_keys_are_known_than_the_bound() {
+        let (known, start) = (KnownKeys::default(), Instant::now());
+        for number in 0..MOST_KNOWN + 10 {
+            let asked = known.recall(&number.to_string(), start).expect_err("unknown");
+            known.learn(number.to_string(), principal(), asked);
+        }
+        assert_eq!(known.lock().keys.len(), MOST_KNOWN);
+        // Room is made when their moment is over.
+        let later = start + KNOWN;
+        let asked = known.recall("new", later).expect_err("unknown");
+        known.learn("new".to_owned(), principal(), asked);
+        assert_eq!(known.lock().keys.len(), 1);
+    }
+}
