@@ -29,12 +29,16 @@ pub enum ErrorCode {
     Conflict,
     /// The body is larger than allowed.
     PayloadTooLarge,
+    /// Tried too often, or too much at once.
+    RateLimited,
     /// No host has room.
     NoCapacity,
     /// The sandbox's host cannot be reached.
     HostUnavailable,
     /// The host or the guest answered with a failure.
     AgentError,
+    /// A login provider answered with a failure, or not at all.
+    ProviderError,
     /// It took longer than allowed.
     Timeout,
     /// A fault of the server.
@@ -43,7 +47,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All codes; the documentation's test walks them.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::InvalidRequest,
         Self::Unauthorized,
         Self::Forbidden,
@@ -52,9 +56,11 @@ impl ErrorCode {
         Self::InvalidState,
         Self::Conflict,
         Self::PayloadTooLarge,
+        Self::RateLimited,
         Self::NoCapacity,
         Self::HostUnavailable,
         Self::AgentError,
+        Self::ProviderError,
         Self::Timeout,
         Self::InternalError,
     ];
@@ -71,9 +77,11 @@ impl ErrorCode {
             Self::InvalidState => "invalid_state",
             Self::Conflict => "conflict",
             Self::PayloadTooLarge => "payload_too_large",
+            Self::RateLimited => "rate_limited",
             Self::NoCapacity => "no_capacity",
             Self::HostUnavailable => "host_unavailable",
             Self::AgentError => "agent_error",
+            Self::ProviderError => "provider_error",
             Self::Timeout => "timeout",
             Self::InternalError => "internal_error",
         }
@@ -97,6 +105,8 @@ pub struct Error {
     /// For the log.
     #[source]
     pub cause: Option<Box<dyn StdError + Send + Sync>>,
+    /// When it is worth trying again.
+    pub retry_after: Option<std::time::Duration>,
 }
 
 /// A service's result.
@@ -109,6 +119,7 @@ impl Error {
             code,
             message: message.into(),
             cause: None,
+            retry_after: None,
         }
     }
 
@@ -129,6 +140,20 @@ impl Error {
             code: ErrorCode::InternalError,
             message: "internal error; the server's log has the cause".to_owned(),
             cause: Some(cause.into()),
+            retry_after: None,
+        }
+    }
+
+    /// Tried too often; names what, and when to try again.
+    #[must_use]
+    pub fn rate_limited(what: &str, retry_after: std::time::Duration) -> Self {
+        let retry_after = retry_after.max(std::time::Duration::from_secs(1));
+        Self {
+            retry_after: Some(retry_after),
+            ..Self::new(
+                ErrorCode::RateLimited,
+                format!("too many {what}; try again in {} s", retry_after.as_secs()),
+            )
         }
     }
 

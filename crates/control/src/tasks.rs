@@ -16,6 +16,9 @@ pub enum TaskKind {
     Drive,
     /// Looks after hosts and records. At shutdown it ends at its next wait.
     Monitor,
+    /// Sends a mail. At shutdown it may finish within the grace; cut short, the mail is lost and its reader asks
+    /// for another one.
+    Mail,
 }
 
 impl TaskKind {
@@ -23,6 +26,7 @@ impl TaskKind {
         match self {
             Self::Drive => "drive",
             Self::Monitor => "monitor",
+            Self::Mail => "mail",
         }
     }
 
@@ -30,7 +34,7 @@ impl TaskKind {
     fn stops_at_once(self) -> bool {
         match self {
             Self::Monitor => true,
-            Self::Drive => false,
+            Self::Drive | Self::Mail => false,
         }
     }
 }

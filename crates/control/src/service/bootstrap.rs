@@ -127,7 +127,7 @@ fn visible(key: &str) -> &str {
 }
 
 /// A team's immutable short name: `xxxxxx-xxxxxx`, hex.
-fn new_slug() -> Result<String> {
+pub(super) fn new_slug() -> Result<String> {
     let mut slug = auth::random_secret("", 6)?;
     slug.insert(6, '-');
     Ok(slug)

@@ -3,6 +3,7 @@
 //! Services know the store, the hosts and the bus; they know nothing of HTTP.
 
 pub(crate) mod access;
+pub(crate) mod accounts;
 pub(crate) mod bootstrap;
 mod drive;
 pub(crate) mod files;
@@ -40,6 +41,7 @@ pub(crate) struct Inner {
     pub(crate) sessions: Sessions,
     pub(crate) bus: Bus,
     pub(crate) tasks: Tasks,
+    accounts: accounts::Accounts,
     pool: Pool,
     scheduler: Scheduler,
     /// Decisions that a task of this process carries at the moment.
@@ -62,14 +64,17 @@ impl Services {
             Some(secret) => secret.clone(),
             None => crate::config::kept_secret(&config.data_dir)?,
         };
+        let tasks = Tasks::default();
+        let accounts = accounts::Accounts::new(&config, &tasks)?;
         Ok(Self {
             inner: Arc::new(Inner {
+                accounts,
                 sessions: Sessions::new(&secret),
                 secret,
                 config,
                 store,
                 bus: Bus::in_process(),
-                tasks: Tasks::default(),
+                tasks,
                 pool: Pool::new(),
                 scheduler: Scheduler::default(),
                 driven: Mutex::default(),

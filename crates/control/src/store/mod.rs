@@ -11,8 +11,10 @@ mod accounts;
 mod entity;
 mod hosts;
 mod migration;
+mod rate_limits;
 mod sandboxes;
 mod templates;
+mod users;
 
 use std::path::Path;
 use std::time::Duration;
@@ -23,6 +25,7 @@ use sea_orm_migration::MigratorTrait;
 
 pub(crate) use accounts::NewTeamKey;
 pub(crate) use hosts::HostRegistration;
+pub(crate) use users::{NewAccount, NewIdentity, SignUpOutcome};
 pub(crate) use sandboxes::{Change, Guard, SandboxFilter};
 
 /// What became of a conditional update.

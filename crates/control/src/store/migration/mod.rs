@@ -8,6 +8,7 @@
 
 mod m0001_initial;
 mod m0002_accounts;
+mod m0007_verified_addresses;
 
 use sea_orm_migration::prelude::*;
 
@@ -19,6 +20,7 @@ impl MigratorTrait for Migrator {
         vec![
             Box::new(m0001_initial::Initial),
             Box::new(m0002_accounts::Accounts),
+            Box::new(m0007_verified_addresses::VerifiedAddresses),
         ]
     }
 }
