@@ -188,8 +188,8 @@ impl ControlPlane {
                     listener,
                     router.into_make_service_with_connect_info::<std::net::SocketAddr>(),
                 )
-                    .with_graceful_shutdown(signal)
-                    .into_future(),
+                .with_graceful_shutdown(signal)
+                .into_future(),
             );
         }
         let mut failed = None;

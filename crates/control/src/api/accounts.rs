@@ -100,10 +100,7 @@ pub(crate) async fn switch_team(
 #[utoipa::path(get, path = "/v1/me", tag = "accounts", security(("session" = [])), responses(
     (status = 200, body = Me),
     (status = 401, body = ErrorBody, description = "`unauthorized`")))]
-pub(crate) async fn me(
-    State(services): State<Services>,
-    Signed(session): Signed,
-) -> ApiResult<Json<Me>> {
+pub(crate) async fn me(State(services): State<Services>, Signed(session): Signed) -> ApiResult<Json<Me>> {
     Ok(Json(services.me(&session).await?))
 }
 
@@ -180,7 +177,10 @@ pub(crate) async fn oauth_start(
     Segments(provider): Segments<String>,
     headers: HeaderMap,
 ) -> ApiResult<Response> {
-    depart(services.oauth_start(&provider)?, wants(&headers, "application/json"))
+    depart(
+        services.oauth_start(&provider)?,
+        wants(&headers, "application/json"),
+    )
 }
 
 /// What a provider sends a browser back with.

@@ -116,8 +116,7 @@ impl Passwords {
             let parsed = PasswordHash::new(&hash)
                 .map_err(|error| Error::internal(format!("a stored password hash is unreadable: {error}")))?;
             let current = Params::try_from(&parsed).is_ok_and(|of| {
-                (of.m_cost(), of.t_cost(), of.p_cost())
-                    == (params.m_cost(), params.t_cost(), params.p_cost())
+                (of.m_cost(), of.t_cost(), of.p_cost()) == (params.m_cost(), params.t_cost(), params.p_cost())
             });
             // Longer ones were never accepted; the work stays bounded.
             let text = password.reveal().as_bytes();
@@ -182,7 +181,10 @@ mod tests {
             let got = by.check(Some(&hash), &Secret::new(given)).await.expect("checked");
             assert_eq!(got, verdict, "{given}");
         }
-        assert_eq!(weak.check(None, &password).await.expect("checked"), Verdict::Wrong);
+        assert_eq!(
+            weak.check(None, &password).await.expect("checked"),
+            Verdict::Wrong
+        );
     }
 
     #[tokio::test]

@@ -25,8 +25,8 @@ use sea_orm_migration::MigratorTrait;
 
 pub(crate) use accounts::NewTeamKey;
 pub(crate) use hosts::HostRegistration;
-pub(crate) use users::{NewAccount, NewIdentity, SignUpOutcome};
 pub(crate) use sandboxes::{Change, Guard, SandboxFilter};
+pub(crate) use users::{NewAccount, NewIdentity, SignUpOutcome};
 
 /// What became of a conditional update.
 #[must_use = "a stale or missing record has to be handled"]

@@ -216,7 +216,10 @@ impl Store {
     ) -> Result<Outcome, DbErr> {
         let changed = user::Entity::update_many()
             .col_expr(user::Column::PasswordHash, hash.into())
-            .col_expr(user::Column::SessionVersion, (session_version.wrapping_add(1)).into())
+            .col_expr(
+                user::Column::SessionVersion,
+                (session_version.wrapping_add(1)).into(),
+            )
             .col_expr(user::Column::UpdatedAt, now().into())
             .filter(user::Column::Id.eq(user.0))
             .filter(user::Column::SessionVersion.eq(session_version))
@@ -396,11 +399,7 @@ impl Store {
     }
 
     /// Connects an account with a provider's user. `false`: one of the two is connected already.
-    pub(crate) async fn identity_add(
-        &self,
-        user: UserId,
-        identity: NewIdentity<'_>,
-    ) -> Result<bool, DbErr> {
+    pub(crate) async fn identity_add(&self, user: UserId, identity: NewIdentity<'_>) -> Result<bool, DbErr> {
         insert_identity(&self.db, user, identity, now()).await
     }
 
@@ -517,10 +516,7 @@ async fn overwrite_password(
 ) -> Result<bool, DbErr> {
     let now = now();
     let mut update = user::Entity::update_many()
-        .col_expr(
-            user::Column::PasswordHash,
-            Expr::value(hash.map(str::to_owned)),
-        )
+        .col_expr(user::Column::PasswordHash, Expr::value(hash.map(str::to_owned)))
         .col_expr(
             user::Column::SessionVersion,
             Expr::col(user::Column::SessionVersion).add(1),
@@ -532,9 +528,7 @@ async fn overwrite_password(
     }
     let changed = update
         .filter(user::Column::Id.eq(user.0))
-        .filter(
-            user::Column::Status.is_in([UserStatus::Active.as_str(), UserStatus::Inactive.as_str()]),
-        )
+        .filter(user::Column::Status.is_in([UserStatus::Active.as_str(), UserStatus::Inactive.as_str()]))
         .filter(user::Column::DeletedAt.is_null())
         .exec(transaction)
         .await?;

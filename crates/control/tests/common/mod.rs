@@ -7,12 +7,19 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use wrenn_control::config::PasswordCost;
 use wrenn_control::{ControlConfig, ControlPlane};
 use wrenn_proto::id::SandboxId;
 use wrenn_testkit::simhost::SimHost;
 
 /// Longest that anything in these tests may take.
 pub const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Passwords that are hashed at once.
+pub const CHEAP: PasswordCost = PasswordCost {
+    memory_kib: 64,
+    passes: 1,
+};
 
 /// One running control plane.
 pub struct Running {
@@ -79,6 +86,7 @@ impl World {
         let mut config = ControlConfig::new(dir.path());
         // The tests step the monitor by hand.
         config.timings.monitor_interval = Duration::from_secs(3600);
+        config.password_cost = CHEAP;
         config.timings.transient_age = Duration::ZERO;
         config.timings.orphan_grace = Duration::ZERO;
         config.timings.shutdown_grace = Duration::from_millis(200);

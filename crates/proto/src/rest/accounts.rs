@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use serde::de::{Error as _, Visitor};
+use serde::de::Visitor;
 use serde::{Deserialize, Deserializer, Serialize};
 
 #[cfg(feature = "openapi")]
@@ -71,7 +71,8 @@ impl<'de> Deserialize<'de> for Secret {
             }
         }
 
-        deserializer.deserialize_string(Text).map_err(D::Error::custom)
+        // Asked for a string, the parser would refuse other types by itself, in its own words.
+        deserializer.deserialize_any(Text)
     }
 }
 

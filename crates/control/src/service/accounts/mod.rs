@@ -387,7 +387,10 @@ impl Services {
         let services = self.clone();
         self.tasks.spawn(TaskKind::Mail, async move {
             if let Err(error) = services.write_link(user, to, purpose).await {
-                tracing::error!(error = &error as &dyn std::error::Error, "a mail could not be prepared");
+                tracing::error!(
+                    error = &error as &dyn std::error::Error,
+                    "a mail could not be prepared"
+                );
             }
         });
     }
@@ -512,7 +515,16 @@ mod tests {
         assert_eq!(new_email(" Ada@Example.COM ").expect("good"), "ada@example.com");
         assert_eq!(new_email("admin@localhost").expect("good"), "admin@localhost");
         let long = format!("{}@example.com", "a".repeat(250));
-        for bad in ["", "ada", "a@", "@b", "a b@c.d", "a@b\0.c", "a@b.c\r\nBcc: x@y.z", &long] {
+        for bad in [
+            "",
+            "ada",
+            "a@",
+            "@b",
+            "a b@c.d",
+            "a@b\0.c",
+            "a@b.c\r\nBcc: x@y.z",
+            &long,
+        ] {
             assert!(new_email(bad).is_err(), "{bad:?}");
         }
         assert_eq!(known_form("a\0b@c.d"), "");

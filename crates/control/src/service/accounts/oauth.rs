@@ -135,7 +135,10 @@ impl Services {
         let provider = self.provider(provider)?;
         let again = || Error::invalid("this login has expired or was begun in another browser; begin again");
         let cookie = cookie.ok_or_else(again)?;
-        if [state, code, cookie].iter().any(|part| part.len() > MAX_PARAMETER) {
+        if [state, code, cookie]
+            .iter()
+            .any(|part| part.len() > MAX_PARAMETER)
+        {
             return Err(again());
         }
         let opened = self
@@ -152,9 +155,7 @@ impl Services {
         }
         self.admit_oauth(from).await?;
         let redirect = self.redirect_of(provider.name());
-        let identity = provider
-            .identify(code, &verifier(cookie), &redirect)
-            .await?;
+        let identity = provider.identify(code, &verifier(cookie), &redirect).await?;
         match opened.intent {
             Intent::LogIn => {
                 let account = self.account_of(from, provider.name(), &identity).await?;
@@ -229,12 +230,7 @@ impl Services {
     }
 
     /// The account of a provider's user, by the rule at the head of this module.
-    async fn account_of(
-        &self,
-        from: Option<IpAddr>,
-        provider: &str,
-        identity: &Identity,
-    ) -> Result<Account> {
+    async fn account_of(&self, from: Option<IpAddr>, provider: &str, identity: &Identity) -> Result<Account> {
         // Twice, since another callback of the same person may come between the look-up and the write.
         let mut lost = None;
         for _ in 0..2 {
@@ -251,7 +247,9 @@ impl Services {
                 .ok_or_else(|| {
                     Error::new(
                         ErrorCode::Forbidden,
-                        format!("{provider} knows no verified address of yours; verify one there and try again"),
+                        format!(
+                            "{provider} knows no verified address of yours; verify one there and try again"
+                        ),
                     )
                 })
                 .and_then(new_email)?;

@@ -20,7 +20,12 @@ impl MigrationTrait for VerifiedAddresses {
         add_columns(manager, "users", vec![verified]).await?;
         // For the sweep of tokens that have run out.
         manager
-            .create_index(index("idx_email_tokens_end", "email_tokens", &["expires_at"], false))
+            .create_index(index(
+                "idx_email_tokens_end",
+                "email_tokens",
+                &["expires_at"],
+                false,
+            ))
             .await
     }
 
