@@ -120,6 +120,15 @@ impl Place {
         db.close().await.expect("closed");
     }
 
+    /// How the database's SQL writes an id of the API.
+    fn uuid(&self, id: &str) -> String {
+        let (_, uuid) = id.split_once('-').expect("a prefix");
+        match self.config.database_url {
+            Some(_) => format!("'{uuid}'"),
+            None => format!("X'{}'", uuid.replace('-', "")),
+        }
+    }
+
     async fn count(&self, table: &str) -> i64 {
         let db = self.database().await;
         let statement = Statement::from_string(
@@ -141,12 +150,6 @@ fn text<'a>(body: &'a Value, field: &str) -> &'a str {
     body[field]
         .as_str()
         .unwrap_or_else(|| panic!("no {field}: {body}"))
-}
-
-/// How SQL writes an id of the API.
-fn uuid_sql(id: &str) -> String {
-    let uuid = &id[id.find('-').expect("a prefix") + 1..];
-    format!("X'{}'", uuid.replace('-', ""))
 }
 
 // ---- mail
@@ -444,8 +447,8 @@ async fn a_session_starts_in_the_default_team_else_in_the_first_that_is_active()
 
     let member = format!(
         "INSERT INTO users_teams (user_id, team_id, role, is_default, created_at) VALUES ({}, {}, 'member', FALSE, 1)",
-        uuid_sql(text(&ada, "user_id")),
-        uuid_sql(other)
+        place.uuid(text(&ada, "user_id")),
+        place.uuid(other)
     );
     place.sql(&member).await;
     place
@@ -477,7 +480,7 @@ async fn a_session_starts_in_the_default_team_else_in_the_first_that_is_active()
     place
         .sql(&format!(
             "UPDATE teams SET deleted_at = 1 WHERE id = {}",
-            uuid_sql(own)
+            place.uuid(own)
         ))
         .await;
     assert_eq!(
@@ -488,7 +491,7 @@ async fn a_session_starts_in_the_default_team_else_in_the_first_that_is_active()
     place
         .sql(&format!(
             "UPDATE teams SET deleted_at = 1 WHERE id = {}",
-            uuid_sql(other)
+            place.uuid(other)
         ))
         .await;
     let session = login().await;
