@@ -52,7 +52,7 @@ pub(crate) struct Mailer {
 #[derive(Clone)]
 enum Way {
     Smtp {
-        transport: AsyncSmtpTransport<Tokio1Executor>,
+        transport: Box<AsyncSmtpTransport<Tokio1Executor>>,
         from: Mailbox,
     },
     /// A laptop has no mail server; the person at it reads the log.
@@ -64,13 +64,15 @@ impl Mailer {
         let way = match smtp {
             None => Way::Log,
             Some(SmtpConfig { url, from }) => Way::Smtp {
-                transport: AsyncSmtpTransport::<Tokio1Executor>::from_url(url)
-                    // The library's own text may repeat the URL, and with it the password.
-                    .map_err(|_| {
-                        Error::invalid("the SMTP URL must look like smtps://user:password@host:465")
-                    })?
-                    .timeout(Some(ATTEMPT_TIME))
-                    .build(),
+                transport: Box::new(
+                    AsyncSmtpTransport::<Tokio1Executor>::from_url(url)
+                        // The library's own text may repeat the URL, and with it the password.
+                        .map_err(|_| {
+                            Error::invalid("the SMTP URL must look like smtps://user:password@host:465")
+                        })?
+                        .timeout(Some(ATTEMPT_TIME))
+                        .build(),
+                ),
                 from: from.parse().map_err(|_| {
                     Error::invalid("the sender of mails must look like `Wrenn <wrenn@example.com>`")
                 })?,

@@ -583,10 +583,8 @@ async fn a_new_password_ends_all_other_sessions() {
 
 #[tokio::test]
 async fn with_a_mail_server_accounts_wait_for_their_link() {
-    let mut sink = None;
     let mut config = ControlConfig::new("/nowhere");
-    sink.replace(MailSink::start(&mut config).await);
-    let sink = sink.expect("started");
+    let sink = MailSink::start(&mut config).await;
     // The server does not take the first two attempts.
     *sink.refuse.lock().expect("not poisoned") = 2;
     let place = Place::with(|own| {
@@ -918,6 +916,25 @@ async fn who_is_no_trusted_proxy_cannot_choose_their_address() {
             .header("x-forwarded-for", format!("192.0.2.{n}"))
             .json(&body);
         assert_eq!(answer(request).await.0, expected);
+    }
+    place.running.stop().await;
+}
+
+#[tokio::test]
+async fn a_router_without_a_socket_serves_accounts_too() {
+    use tower::ServiceExt as _;
+    let place = Place::with(|config| {
+        config.attempts.login_address = Allowance::per_minutes(1, 15);
+    })
+    .await;
+    for expected in [401, 429] {
+        let body = json!({"email": format!("a{expected}@example.com"), "password": PASSWORD});
+        let request = http::Request::post("/v1/auth/login")
+            .header("x-forwarded-for", "192.0.2.1")
+            .body(axum::body::Body::from(body.to_string()))
+            .expect("a request");
+        let response = place.running.control.router().oneshot(request).await;
+        assert_eq!(response.expect("an answer").status(), expected);
     }
     place.running.stop().await;
 }
@@ -1356,6 +1373,36 @@ async fn one_person_in_two_tabs_becomes_one_account() {
         (place.count("users").await, place.count("oauth_identities").await),
         (1, 1)
     );
+    place.running.stop().await;
+}
+
+#[tokio::test]
+async fn of_the_last_two_ways_to_log_in_one_stays() {
+    let mut config = ControlConfig::new("/nowhere");
+    let fake = FakeGitHub::start(&mut config).await;
+    let place = Place::with(|own| {
+        own.oauth = config.oauth;
+        own.public_url = config.public_url;
+    })
+    .await;
+    let (_, session) = place.by_github(&fake, 7, verified("octo@example.com")).await;
+    let token = text(&session, "token");
+    let id = place.uuid("x-00000000-0000-0000-0000-000000000001");
+    place
+        .sql(&format!(
+            "INSERT INTO oauth_identities (id, user_id, provider, subject, email, created_at)
+             SELECT {id}, id, 'other', '1', email, 1 FROM users"
+        ))
+        .await;
+    let remove = async |provider: &str| {
+        let path = format!("/v1/me/providers/{provider}");
+        place.as_user(token, "DELETE", &path, json!({})).await.0
+    };
+    let (one, two) = futures::join!(remove("github"), remove("other"));
+    let mut statuses = [one, two];
+    statuses.sort_unstable();
+    assert_eq!(statuses, [204, 409]);
+    assert_eq!(place.count("oauth_identities").await, 1);
     place.running.stop().await;
 }
 

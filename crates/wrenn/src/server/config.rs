@@ -116,6 +116,8 @@ pub(crate) struct ControlArgs {
         help_heading = "Server"
     )]
     pub(crate) database_url: Option<String>,
+    #[command(flatten)]
+    pub(crate) accounts: super::accounts::AccountArgs,
 }
 
 /// Settings of the host agent.

@@ -1,5 +1,7 @@
 //! The server roles of the binary: everything in one (`up`), or a control plane and host agents apart.
 
+mod accounts;
+mod admin;
 pub(crate) mod config;
 mod doctor;
 mod show;
@@ -19,6 +21,8 @@ pub(crate) enum ServerCommand {
     ControlPlane(ControlPlaneArgs),
     /// Serve as a host of a control plane elsewhere
     HostAgent(HostAgentArgs),
+    /// Create platform admins and set passwords, on the database itself
+    Admin(admin::AdminArgs),
     /// Show the effective settings, secrets masked
     Config(UpArgs),
     /// Check what the platform needs of this machine, and tell what to do where it is missing
@@ -85,6 +89,7 @@ pub(crate) fn main(command: ServerCommand, json: bool) -> ExitCode {
         ServerCommand::Openapi => wrenn_control::openapi_yaml()
             .map(|text| print!("{text}"))
             .map_err(anyhow::Error::from),
+        ServerCommand::Admin(args) => in_runtime(admin::main(args)),
         ServerCommand::Up(args) => in_runtime(up::up(args)),
         ServerCommand::ControlPlane(args) => in_runtime(up::control_plane(args)),
         ServerCommand::HostAgent(args) => in_runtime(up::host_agent(args)),

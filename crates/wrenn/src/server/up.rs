@@ -176,9 +176,10 @@ pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
     }
 }
 
-async fn open_control(data_dir: &Path, args: &ControlArgs) -> anyhow::Result<ControlPlane> {
+pub(super) async fn open_control(data_dir: &Path, args: &ControlArgs) -> anyhow::Result<ControlPlane> {
     let mut config = ControlConfig::new(data_dir);
     config.database_url.clone_from(&args.database_url);
+    args.accounts.apply(&mut config);
     ControlPlane::builder(config)
         .build()
         .await
@@ -209,7 +210,7 @@ fn host_config(
     }
 }
 
-fn prepare(data_dir: &Path) -> anyhow::Result<()> {
+pub(super) fn prepare(data_dir: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
     // VM processes pass through it to the images that they may read.
     std::fs::DirBuilder::new()
