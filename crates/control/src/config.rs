@@ -1,7 +1,11 @@
 //! What the control plane can be told.
 
+mod accounts;
+
 use std::path::PathBuf;
 use std::time::Duration;
+
+pub use accounts::{Allowance, AttemptLimits, OAuthProvider, PasswordCost, SmtpConfig};
 
 use crate::auth::secrets::MasterSecret;
 
@@ -19,6 +23,16 @@ pub struct ControlConfig {
     pub public_url: Option<String>,
     /// Holds the SQLite file and the secret.
     pub data_dir: PathBuf,
+    /// Sends activation and reset links. When absent, accounts are active at once and links go to the log.
+    pub smtp: Option<SmtpConfig>,
+    /// Other ways to log in.
+    pub oauth: Vec<OAuthProvider>,
+    /// Networks of reverse proxies whose `X-Forwarded-For` is believed.
+    pub trusted_proxies: Vec<ipnet::IpNet>,
+    /// How much work a password is.
+    pub password_cost: PasswordCost,
+    /// What slows guessing down.
+    pub attempts: AttemptLimits,
     /// What clients may ask for.
     pub limits: Limits,
     /// How patient the background work is.
@@ -40,6 +54,9 @@ impl std::fmt::Debug for ControlConfig {
             .field("redis", &self.redis_url.is_some())
             .field("public_url", &self.public_url)
             .field("data_dir", &self.data_dir)
+            .field("smtp", &self.smtp)
+            .field("oauth", &self.oauth)
+            .field("trusted_proxies", &self.trusted_proxies)
             .field("limits", &self.limits)
             .field("timings", &self.timings)
             .finish()
@@ -55,6 +72,11 @@ impl ControlConfig {
             secret: None,
             public_url: None,
             data_dir: data_dir.into(),
+            smtp: None,
+            oauth: Vec::new(),
+            trusted_proxies: Vec::new(),
+            password_cost: PasswordCost::default(),
+            attempts: AttemptLimits::default(),
             limits: Limits::default(),
             timings: Timings::default(),
         }
@@ -119,6 +141,8 @@ pub struct Timings {
     pub event_retention: Duration,
     /// Between two signs of life on a stream of events.
     pub stream_keepalive: Duration,
+    /// Before a mail that the server did not take is tried again; doubles with every attempt.
+    pub mail_retry: Duration,
     /// What is left of background work at shutdown.
     pub shutdown_grace: Duration,
     /// Between two passes of the housekeeping: unfinished deletions, accounts whose grace is over, last uses of keys.
@@ -144,6 +168,7 @@ impl Default for Timings {
             event_claim: Duration::from_secs(30),
             event_retention: Duration::from_secs(24 * 3600),
             stream_keepalive: Duration::from_secs(15),
+            mail_retry: Duration::from_secs(5),
             shutdown_grace: Duration::from_secs(10),
             housekeeping_interval: Duration::from_secs(10),
             account_grace: Duration::from_secs(15 * 24 * 3600),

@@ -29,12 +29,16 @@ pub enum ErrorCode {
     Conflict,
     /// The body is larger than allowed.
     PayloadTooLarge,
+    /// Tried too often, or too much at once.
+    RateLimited,
     /// No host has room.
     NoCapacity,
     /// The sandbox's host cannot be reached.
     HostUnavailable,
     /// The host or the guest answered with a failure.
     AgentError,
+    /// A login provider answered with a failure, or not at all.
+    ProviderError,
     /// It took longer than allowed.
     Timeout,
     /// The database does not answer.
@@ -45,7 +49,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All codes; the documentation's test walks them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 16] = [
         Self::InvalidRequest,
         Self::Unauthorized,
         Self::Forbidden,
@@ -54,9 +58,11 @@ impl ErrorCode {
         Self::InvalidState,
         Self::Conflict,
         Self::PayloadTooLarge,
+        Self::RateLimited,
         Self::NoCapacity,
         Self::HostUnavailable,
         Self::AgentError,
+        Self::ProviderError,
         Self::Timeout,
         Self::DatabaseUnavailable,
         Self::InternalError,
@@ -74,9 +80,11 @@ impl ErrorCode {
             Self::InvalidState => "invalid_state",
             Self::Conflict => "conflict",
             Self::PayloadTooLarge => "payload_too_large",
+            Self::RateLimited => "rate_limited",
             Self::NoCapacity => "no_capacity",
             Self::HostUnavailable => "host_unavailable",
             Self::AgentError => "agent_error",
+            Self::ProviderError => "provider_error",
             Self::Timeout => "timeout",
             Self::DatabaseUnavailable => "database_unavailable",
             Self::InternalError => "internal_error",
@@ -101,6 +109,8 @@ pub struct Error {
     /// For the log.
     #[source]
     pub cause: Option<Box<dyn StdError + Send + Sync>>,
+    /// When it is worth trying again.
+    pub retry_after: Option<std::time::Duration>,
 }
 
 /// A service's result.
@@ -113,6 +123,7 @@ impl Error {
             code,
             message: message.into(),
             cause: None,
+            retry_after: None,
         }
     }
 
@@ -133,6 +144,20 @@ impl Error {
             code: ErrorCode::InternalError,
             message: "internal error; the server's log has the cause".to_owned(),
             cause: Some(cause.into()),
+            retry_after: None,
+        }
+    }
+
+    /// Tried too often; names what, and when to try again.
+    #[must_use]
+    pub fn rate_limited(what: &str, retry_after: std::time::Duration) -> Self {
+        let retry_after = retry_after.max(std::time::Duration::from_secs(1));
+        Self {
+            retry_after: Some(retry_after),
+            ..Self::new(
+                ErrorCode::RateLimited,
+                format!("too many {what}; try again in {} s", retry_after.as_secs()),
+            )
         }
     }
 
@@ -169,6 +194,7 @@ impl From<sea_orm::DbErr> for Error {
             code: ErrorCode::DatabaseUnavailable,
             message: "the database does not answer at the moment; try again in a few seconds".to_owned(),
             cause: Some(cause.into()),
+            retry_after: Some(std::time::Duration::from_secs(5)),
         }
     }
 }

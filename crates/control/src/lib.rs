@@ -19,6 +19,7 @@ pub mod error;
 mod events;
 pub mod extension;
 mod hosts;
+mod mail;
 mod service;
 mod store;
 mod tasks;
@@ -35,6 +36,7 @@ pub use service::Services;
 pub use service::bootstrap::{Bootstrap, HostToken};
 pub use service::events::RelayPass;
 pub use service::monitor::MonitorPass;
+pub use wrenn_proto::rest::Secret;
 
 use domain::{HostId, TeamId, UserId};
 use extension::{Extension, Extensions};
@@ -178,6 +180,35 @@ impl ControlPlane {
         self.services.create_team(name).await
     }
 
+    /// Makes the account of an address a platform admin; `None` when there is no such account.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn grant_platform_admin(&self, email: &str) -> Result<Option<UserId>> {
+        self.services.grant_platform_admin(email).await
+    }
+
+    /// Creates a platform admin with a team of their own; without a name, the address gives one.
+    ///
+    /// # Errors
+    /// The address, the name or the password is not acceptable, there is such an account, or the database failed.
+    pub async fn create_platform_admin(
+        &self,
+        email: &str,
+        name: Option<&str>,
+        password: &Secret,
+    ) -> Result<UserId> {
+        self.services.create_platform_admin(email, name, password).await
+    }
+
+    /// Sets an account's password, and ends its sessions.
+    ///
+    /// # Errors
+    /// There is no such account, it is deactivated, the password is not acceptable, or the database failed.
+    pub async fn set_password(&self, email: &str, password: &Secret) -> Result<UserId> {
+        self.services.set_password(email, password).await
+    }
+
     /// A one-time token (good for an hour) with which a host agent registers: as a new host, or again
     /// as the given one, which keeps its sandboxes.
     ///
@@ -307,9 +338,12 @@ impl ControlPlane {
             let signal = closing.clone().cancelled_owned();
             let router = self.router();
             servers.spawn(
-                axum::serve(listener, router)
-                    .with_graceful_shutdown(signal)
-                    .into_future(),
+                axum::serve(
+                    listener,
+                    router.into_make_service_with_connect_info::<std::net::SocketAddr>(),
+                )
+                .with_graceful_shutdown(signal)
+                .into_future(),
             );
         }
         let mut failed = None;

@@ -21,6 +21,9 @@ pub enum TaskKind {
     /// Finishes deletions and writes down what was collected. At shutdown it ends at its next wait; what is left is
     /// marked in the database, and the next process takes it up.
     Housekeeping,
+    /// Sends a mail. At shutdown it may finish within the grace; cut short, the mail is lost and its reader asks
+    /// for another one.
+    Mail,
 }
 
 impl TaskKind {
@@ -30,6 +33,7 @@ impl TaskKind {
             Self::Monitor => "monitor",
             Self::Worker => "worker",
             Self::Housekeeping => "housekeeping",
+            Self::Mail => "mail",
         }
     }
 
@@ -37,7 +41,7 @@ impl TaskKind {
     fn stops_at_once(self) -> bool {
         match self {
             Self::Monitor | Self::Worker | Self::Housekeeping => true,
-            Self::Drive => false,
+            Self::Drive | Self::Mail => false,
         }
     }
 }

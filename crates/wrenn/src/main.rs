@@ -28,7 +28,7 @@ enum Command {
     User(cli::UserCommand),
 
     #[command(flatten)]
-    Server(server::ServerCommand),
+    Server(Box<server::ServerCommand>),
     /// Measure what the platform costs on this machine, beside what it costs at least (see `make bench`)
     #[command(hide = true)]
     Bench(bench::BenchArgs),
@@ -50,7 +50,7 @@ fn main() -> ExitCode {
     }
     match command {
         Command::User(command) => cli::main(global, command),
-        Command::Server(command) => server::main(command, global.json),
+        Command::Server(command) => server::main(*command, global.json),
         Command::Bench(args) => bench::main(&args, global.json),
         Command::Completions { shell } => {
             let mut script = Vec::new();

@@ -28,10 +28,11 @@ pub(crate) fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
         ErrorCode::InvalidState | ErrorCode::Conflict => StatusCode::CONFLICT,
         ErrorCode::PayloadTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
+        ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
         ErrorCode::NoCapacity | ErrorCode::HostUnavailable | ErrorCode::DatabaseUnavailable => {
             StatusCode::SERVICE_UNAVAILABLE
         }
-        ErrorCode::AgentError => StatusCode::BAD_GATEWAY,
+        ErrorCode::AgentError | ErrorCode::ProviderError => StatusCode::BAD_GATEWAY,
         ErrorCode::Timeout => StatusCode::GATEWAY_TIMEOUT,
         ErrorCode::InternalError => StatusCode::INTERNAL_SERVER_ERROR,
     }
@@ -52,6 +53,7 @@ impl IntoResponse for ApiError {
                 "a request was refused"
             );
         }
+        let retry_after = error.retry_after;
         let body = ErrorBody {
             error: ErrorDetail {
                 code: error.code.as_str().to_owned(),
@@ -59,7 +61,11 @@ impl IntoResponse for ApiError {
             },
         };
         let mut response = (status, Json(body)).into_response();
-        if status == StatusCode::SERVICE_UNAVAILABLE {
+        if let Some(wait) = retry_after {
+            response
+                .headers_mut()
+                .insert(header::RETRY_AFTER, HeaderValue::from(wait.as_secs()));
+        } else if status == StatusCode::SERVICE_UNAVAILABLE {
             response
                 .headers_mut()
                 .insert(header::RETRY_AFTER, HeaderValue::from_static("5"));

@@ -1,9 +1,10 @@
 //! What handlers take from a request. Every refusal is one of our error bodies.
 
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use axum::Json;
-use axum::extract::{FromRequest, FromRequestParts, Path, Query, Request};
+use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, header};
 use serde::Deserialize;
@@ -105,6 +106,32 @@ impl FromRequestParts<Services> for Agent {
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
         Ok(Self(services.authenticate_host(bearer(&parts.headers)).await?))
+    }
+}
+
+/// Where the request comes from: the connection's other end, or what trusted proxies say. `None` without a
+/// connection (a router that is called directly).
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ClientAddress(pub(crate) Option<IpAddr>);
+
+impl FromRequestParts<Services> for ClientAddress {
+    type Rejection = std::convert::Infallible;
+
+    async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, Self::Rejection> {
+        let Some(ConnectInfo(peer)) = parts.extensions.get::<ConnectInfo<SocketAddr>>() else {
+            return Ok(Self(None));
+        };
+        let forwarded: Vec<&str> = parts
+            .headers
+            .get_all("x-forwarded-for")
+            .iter()
+            .filter_map(|value| value.to_str().ok())
+            .collect();
+        Ok(Self(Some(super::address::client(
+            peer.ip(),
+            forwarded.into_iter(),
+            &services.config.trusted_proxies,
+        ))))
     }
 }
 

@@ -1,6 +1,7 @@
 //! The HTTP edge: routes, extractors, errors, WebSockets and the OpenAPI document. No business logic.
 
 mod accounts;
+mod address;
 mod admin;
 mod around;
 mod convert;

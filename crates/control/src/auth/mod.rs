@@ -5,6 +5,7 @@
 //! secrets happens in this process.
 
 pub(crate) mod jwt;
+pub(crate) mod password;
 pub(crate) mod secrets;
 
 use sha2::{Digest, Sha256};

@@ -4,6 +4,7 @@
 //! at the edges, so that neither a public field nor a column can change the meaning of the logic in
 //! the middle by accident.
 
+pub mod account;
 pub(crate) mod event;
 pub mod lifecycle;
 pub mod membership;
@@ -92,6 +93,8 @@ pub struct Session {
     pub name: String,
     /// Whether they administer the platform.
     pub platform_admin: bool,
+    /// The generation of the user's sessions that this one belongs to.
+    pub version: i32,
     /// The team they work in, and as what; `None` when it is gone, or they left it.
     pub team: Option<(TeamId, Role)>,
 }

@@ -69,6 +69,7 @@ impl Services {
             email: row.email,
             name: row.name,
             platform_admin: row.is_admin,
+            version: claims.ver,
             team: team.map(|(team, role)| (TeamId(team), role)),
         })
     }

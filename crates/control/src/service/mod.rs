@@ -3,6 +3,7 @@
 //! Services know the store, the hosts and the bus; they know nothing of HTTP.
 
 pub(crate) mod access;
+pub(crate) mod accounts;
 pub(crate) mod admin;
 pub(crate) mod bootstrap;
 pub(crate) mod deletion;
@@ -57,6 +58,7 @@ pub struct Inner {
     known_keys: keys::KnownKeys,
     /// Deleted teams that are being emptied.
     purging: deletion::Purging,
+    accounts: accounts::Accounts,
     pool: Pool,
     scheduler: Scheduler,
     /// Decisions that a task of this process carries at the moment, and whether they were asked for again since.
@@ -87,14 +89,17 @@ impl Services {
             }
             None => (None, Bus::in_process(), None),
         };
+        let tasks = Tasks::default();
+        let accounts = accounts::Accounts::new(&config, &tasks)?;
         Ok(Self {
             inner: Arc::new(Inner {
+                accounts,
                 sessions: Sessions::new(&secret),
                 secret,
                 config,
                 store,
                 bus,
-                tasks: Tasks::default(),
+                tasks,
                 link,
                 carry: Mutex::new(carry),
                 leadership: leader::Leadership::new(instance),

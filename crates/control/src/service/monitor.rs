@@ -96,6 +96,7 @@ impl Services {
         self.store
             .templates_abandon(now() - millis(self.config.timings.transient_age))
             .await?;
+        self.accounts_pass().await?;
         for (id, team) in self.store.templates_deleting().await? {
             if let Err(error) = self.remove_template_files(id, team).await {
                 tracing::debug!(template = %id, %error, "a template's files stay for now");

@@ -54,6 +54,7 @@ impl Store {
             session_version: Set(0),
             deleted_at: Set(None),
             last_login_at: Set(None),
+            email_verified_at: Set(None),
         }
         .insert(&transaction)
         .await?;

@@ -12,12 +12,13 @@ use super::Store;
 use super::entity::{membership, team, template, user};
 use super::teams::lock_members;
 use super::templates;
+use crate::domain::account::UserStatus;
 use crate::domain::{Millis, TeamId, Template, TemplateId, UserId, now};
 
 /// The status of users who may log in.
-pub(crate) const ACTIVE: &str = "active";
+pub(crate) const ACTIVE: &str = UserStatus::Active.as_str();
 /// The status of users whom an admin keeps out.
-pub(crate) const DEACTIVATED: &str = "deactivated";
+pub(crate) const DEACTIVATED: &str = UserStatus::Disabled.as_str();
 
 /// A team.
 #[derive(Debug, Clone)]

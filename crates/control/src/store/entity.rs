@@ -30,6 +30,7 @@ table!(user, "users", {
     pub session_version: i32,
     pub deleted_at: Option<i64>,
     pub last_login_at: Option<i64>,
+    pub email_verified_at: Option<i64>,
 });
 
 table!(oauth_identity, "oauth_identities", {

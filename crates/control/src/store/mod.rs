@@ -17,9 +17,11 @@ pub(crate) mod keys;
 mod leases;
 mod migration;
 mod migrations;
+mod rate_limits;
 mod sandboxes;
 pub(crate) mod teams;
 mod templates;
+mod users;
 
 use std::path::Path;
 use std::time::Duration;
@@ -32,6 +34,7 @@ use crate::extension::Extensions;
 pub(crate) use accounts::NewTeamKey;
 pub(crate) use hosts::HostRegistration;
 pub(crate) use sandboxes::{Change, Guard, SandboxFilter};
+pub(crate) use users::{NewAccount, NewIdentity, SignUpOutcome};
 
 pub(crate) use migrations::Schema;
 

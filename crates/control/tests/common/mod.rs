@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 use tokio::sync::oneshot;
 use tokio::task::JoinHandle;
+use wrenn_control::config::PasswordCost;
 use wrenn_control::{Bootstrap, ControlConfig, ControlPlane, MasterSecret};
 use wrenn_proto::id::SandboxId;
 use wrenn_testkit::servers::Postgres;
@@ -17,6 +18,12 @@ pub const DEADLINE: Duration = Duration::from_secs(100);
 
 /// All suites run a second time, in the binary of this name: there on PostgreSQL.
 const ON_POSTGRES: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), b"postgres");
+
+/// Passwords that are hashed at once.
+pub const CHEAP: PasswordCost = PasswordCost {
+    memory_kib: 64,
+    passes: 1,
+};
 
 /// One running control plane.
 pub struct Running {
@@ -99,6 +106,7 @@ impl World {
         config.secret = Some(MasterSecret::generate().expect("randomness"));
         // The tests step the monitor by hand.
         config.timings.monitor_interval = Duration::from_secs(3600);
+        config.password_cost = CHEAP;
         config.timings.transient_age = Duration::ZERO;
         config.timings.orphan_grace = Duration::ZERO;
         config.timings.shutdown_grace = Duration::from_millis(200);

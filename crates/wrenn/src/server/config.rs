@@ -140,6 +140,8 @@ pub(crate) struct ControlArgs {
     /// URL at which people reach this installation, for links in mails
     #[arg(long, env = "WRENN_PUBLIC_URL", value_name = "URL", help_heading = "Server")]
     pub(crate) public_url: Option<String>,
+    #[command(flatten)]
+    pub(crate) accounts: super::accounts::AccountArgs,
 }
 
 impl ControlArgs {
@@ -151,6 +153,7 @@ impl ControlArgs {
             redis_url,
             secret_key,
             public_url,
+            accounts,
         } = self;
         let mut config = ControlConfig::new(data_dir);
         config.database_url.clone_from(database_url);
@@ -166,6 +169,7 @@ impl ControlArgs {
             }
             config.public_url = Some(url.trim_end_matches('/').to_owned());
         }
+        accounts.apply(&mut config);
         Ok(config)
     }
 }

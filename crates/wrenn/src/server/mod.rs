@@ -1,5 +1,7 @@
 //! The server roles of the binary: everything in one (`up`), or a control plane and host agents apart.
 
+mod accounts;
+mod admin;
 pub(crate) mod config;
 mod doctor;
 mod migrate;
@@ -22,6 +24,8 @@ pub(crate) enum ServerCommand {
     HostAgent(HostAgentArgs),
     /// Bring the database's schema up to date, or show where it stands
     Migrate(migrate::MigrateArgs),
+    /// Create platform admins and set passwords, on the database itself
+    Admin(admin::AdminArgs),
     /// Show the effective settings, secrets masked
     Config(UpArgs),
     /// Check what the platform needs of this machine, and tell what to do where it is missing
@@ -89,6 +93,7 @@ pub(crate) fn main(command: ServerCommand, json: bool) -> ExitCode {
             .map(|text| print!("{text}"))
             .map_err(anyhow::Error::from),
         ServerCommand::Migrate(args) => in_runtime(migrate::main(args, json)),
+        ServerCommand::Admin(args) => in_runtime(admin::main(args)),
         ServerCommand::Up(args) => in_runtime(up::up(args)),
         ServerCommand::ControlPlane(args) => in_runtime(up::control_plane(args)),
         ServerCommand::HostAgent(args) => in_runtime(up::host_agent(args)),

@@ -12,7 +12,7 @@ pub(super) fn config(args: &UpArgs, json: bool) -> ExitCode {
         .host
         .ca_bundle()
         .map_or_else(|| "Debian's own".to_owned(), |path| path.display().to_string());
-    let rows: Vec<(&str, String)> = vec![
+    let mut rows: Vec<(&str, String)> = vec![
         ("WRENN_DIR", args.dirs.data_dir().display().to_string()),
         ("WRENN_CACHE_DIR", args.dirs.cache_dir().display().to_string()),
         ("WRENN_LISTEN", args.control.listen.to_string()),
@@ -65,6 +65,7 @@ pub(super) fn config(args: &UpArgs, json: bool) -> ExitCode {
             std::env::var("WRENN_LOG").unwrap_or_else(|_| "info".to_owned()),
         ),
     ];
+    rows.extend(args.control.accounts.rows());
     let text = if json {
         let map: serde_json::Map<String, serde_json::Value> = rows
             .into_iter()

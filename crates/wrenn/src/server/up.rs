@@ -176,7 +176,7 @@ pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
     }
 }
 
-async fn open_control(data_dir: &Path, args: &ControlArgs) -> anyhow::Result<ControlPlane> {
+pub(super) async fn open_control(data_dir: &Path, args: &ControlArgs) -> anyhow::Result<ControlPlane> {
     ControlPlane::builder(args.control_config(data_dir)?)
         .build()
         .await

@@ -10,6 +10,7 @@ mod m0001_initial;
 mod m0002_accounts;
 mod m0003_teams;
 mod m0004_events;
+mod m0007_verified_addresses;
 mod of_extension;
 
 use sea_orm_migration::prelude::*;
@@ -26,6 +27,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0002_accounts::Accounts),
             Box::new(m0003_teams::Teams),
             Box::new(m0004_events::Events),
+            Box::new(m0007_verified_addresses::VerifiedAddresses),
         ]
     }
 }

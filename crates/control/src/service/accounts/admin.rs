@@ -1,0 +1,67 @@
+//! What an operator does at the command line, on the database itself.
+
+use wrenn_proto::rest::Secret;
+
+use super::{Person, UserStatus, acceptable, known_form, new_email, person_name};
+use crate::domain::UserId;
+use crate::service::Services;
+use crate::store::Outcome;
+use crate::{Error, Result};
+
+impl Services {
+    /// Makes an account that exists a platform admin; `None` when there is none.
+    pub(crate) async fn grant_platform_admin(&self, email: &str) -> Result<Option<UserId>> {
+        let Some(account) = self.store.account_by_email(&known_form(email)).await? else {
+            return Ok(None);
+        };
+        match self.store.grant_platform_admin(account.id).await? {
+            Outcome::Updated => Ok(Some(account.id)),
+            Outcome::Stale | Outcome::Missing => Ok(None),
+        }
+    }
+
+    /// Creates a platform admin with a team of their own.
+    pub(crate) async fn create_platform_admin(
+        &self,
+        email: &str,
+        name: Option<&str>,
+        password: &Secret,
+    ) -> Result<UserId> {
+        let email = new_email(email)?;
+        let name = person_name(name.unwrap_or(email.split('@').next().unwrap_or_default()))?;
+        acceptable("password", password)?;
+        let hash = self.accounts.passwords.hash(password).await?;
+        let person = Person {
+            email: &email,
+            name: &name,
+            password_hash: Some(&hash),
+            // An operator vouches for the person; their mailbox is not proved by that.
+            status: UserStatus::Active,
+            email_verified: false,
+            platform_admin: true,
+        };
+        let (user, _) = self.create_account(person, None).await?;
+        Ok(user)
+    }
+
+    /// Sets an account's password and ends its sessions.
+    pub(crate) async fn set_password(&self, email: &str, password: &Secret) -> Result<UserId> {
+        acceptable("password", password)?;
+        let missing = || Error::not_found("account", email);
+        let account = self
+            .store
+            .account_by_email(&known_form(email))
+            .await?
+            .ok_or_else(missing)?;
+        if account.status == UserStatus::Disabled {
+            return Err(super::closed());
+        }
+        let hash = self.accounts.passwords.hash(password).await?;
+        match self.store.set_password(account.id, &hash).await? {
+            Outcome::Updated => {}
+            Outcome::Stale | Outcome::Missing => return Err(missing()),
+        }
+        self.forgive_account(None, &account.email).await?;
+        Ok(account.id)
+    }
+}
