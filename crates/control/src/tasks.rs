@@ -16,6 +16,8 @@ pub enum TaskKind {
     Drive,
     /// Looks after hosts and records. At shutdown it ends at its next wait.
     Monitor,
+    /// Repeats a pass until it sees that shutdown has begun; the pass under way may finish within the grace.
+    Worker,
 }
 
 impl TaskKind {
@@ -23,6 +25,7 @@ impl TaskKind {
         match self {
             Self::Drive => "drive",
             Self::Monitor => "monitor",
+            Self::Worker => "worker",
         }
     }
 
@@ -30,7 +33,7 @@ impl TaskKind {
     fn stops_at_once(self) -> bool {
         match self {
             Self::Monitor => true,
-            Self::Drive => false,
+            Self::Drive | Self::Worker => false,
         }
     }
 }

@@ -9,8 +9,10 @@ use axum::http::{HeaderMap, header};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use super::audit::ActorSlot;
 use super::error::ApiError;
-use crate::domain::{Host, Principal, Session};
+use crate::domain::around::{ActorType, AuditActor};
+use crate::domain::{Actor, Host, Principal, Session};
 use crate::service::Services;
 use crate::service::sandboxes::MAX_WAIT;
 use crate::{Error, ErrorCode};
@@ -27,7 +29,9 @@ impl FromRequestParts<Services> for Caller {
             .headers
             .get("x-api-key")
             .and_then(|value| value.to_str().ok());
-        Ok(Self(services.authenticate(key, bearer(&parts.headers)).await?))
+        let principal = services.authenticate(key, bearer(&parts.headers)).await?;
+        ActorSlot::note(&parts.extensions, principal.actor.into(), Some(principal.team));
+        Ok(Self(principal))
     }
 }
 
@@ -39,7 +43,10 @@ impl FromRequestParts<Services> for Signed {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
-        Ok(Self(services.authenticate_session(bearer(&parts.headers)).await?))
+        let session = services.authenticate_session(bearer(&parts.headers)).await?;
+        let team = session.team.map(|(team, _)| team);
+        ActorSlot::note(&parts.extensions, Actor::User(session.user).into(), team);
+        Ok(Self(session))
     }
 }
 
@@ -88,11 +95,17 @@ impl FromRequestParts<Services> for Agent {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
-        Ok(Self(services.authenticate_host(bearer(&parts.headers)).await?))
+        let host = services.authenticate_host(bearer(&parts.headers)).await?;
+        let actor = AuditActor {
+            kind: ActorType::System,
+            id: Some(host.id.to_string()),
+        };
+        ActorSlot::note(&parts.extensions, actor, None);
+        Ok(Self(host))
     }
 }
 
-fn bearer(headers: &HeaderMap) -> Option<&str> {
+pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
     let value = headers.get(header::AUTHORIZATION)?.to_str().ok()?;
     let (scheme, token) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())

@@ -4,11 +4,12 @@
 //! at the edges, so that neither a public field nor a column can change the meaning of the logic in
 //! the middle by accident.
 
+pub mod around;
 pub mod lifecycle;
 
 use std::collections::BTreeMap;
 
-pub use wrenn_proto::id::{HostId, KeyId, SandboxId, TeamId, TemplateId, UserId};
+pub use wrenn_proto::id::{AuditId, ChannelId, HostId, KeyId, SandboxId, TeamId, TemplateId, UserId};
 pub use wrenn_proto::rest::{SandboxStatus, TemplateKind, TemplateStatus};
 
 /// Milliseconds since the Unix epoch.

@@ -3,14 +3,20 @@
 //! Services know the store, the hosts and the bus; they know nothing of HTTP.
 
 pub(crate) mod access;
+pub(crate) mod around;
+pub(crate) mod audit;
 pub(crate) mod bootstrap;
+pub(crate) mod channels;
+pub(crate) mod deliver;
 mod drive;
 pub(crate) mod files;
 pub(crate) mod hosts;
+pub(crate) mod idempotency;
 pub(crate) mod monitor;
 pub(crate) mod processes;
 pub(crate) mod sandboxes;
 pub(crate) mod templates;
+pub(crate) mod usage;
 pub(crate) mod validate;
 
 use std::collections::HashSet;
@@ -40,6 +46,7 @@ pub(crate) struct Inner {
     pub(crate) sessions: Sessions,
     pub(crate) bus: Bus,
     pub(crate) tasks: Tasks,
+    pub(crate) around: around::Around,
     pool: Pool,
     scheduler: Scheduler,
     /// Decisions that a task of this process carries at the moment.
@@ -70,6 +77,7 @@ impl Services {
                 store,
                 bus: Bus::in_process(),
                 tasks: Tasks::default(),
+                around: around::Around::default(),
                 pool: Pool::new(),
                 scheduler: Scheduler::default(),
                 driven: Mutex::default(),

@@ -8,11 +8,15 @@
 //! transactions here begin with a write (which waits its turn) or consist of writes alone.
 
 mod accounts;
+mod audit;
+mod channels;
 mod entity;
 mod hosts;
+mod idempotency;
 mod migration;
 mod sandboxes;
 mod templates;
+mod usage;
 
 use std::path::Path;
 use std::time::Duration;
@@ -22,8 +26,12 @@ use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbE
 use sea_orm_migration::MigratorTrait;
 
 pub(crate) use accounts::NewTeamKey;
+pub(crate) use audit::AuditFilter;
+pub(crate) use channels::{Delivery, DeliveryEnd};
 pub(crate) use hosts::HostRegistration;
+pub(crate) use idempotency::ClaimTimes;
 pub(crate) use sandboxes::{Change, Guard, SandboxFilter};
+pub(crate) use usage::{DAY, Held};
 
 /// What became of a conditional update.
 #[must_use = "a stale or missing record has to be handled"]

@@ -6,7 +6,7 @@ use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, ExprTrait};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, Condition, DbErr, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
-    QuerySelect,
+    QuerySelect, TransactionTrait,
 };
 
 use super::entity::sandbox::{ActiveModel, Column, Entity, Model};
@@ -298,13 +298,23 @@ impl Store {
         if envs {
             update = update.col_expr(Column::Envs, "{}".into());
         }
-        let result = update
+        let update = update
             .filter(Column::Id.eq(id.0))
             .filter(Column::Status.eq(guard.status.as_str()))
-            .filter(Column::Generation.eq(big(guard.generation)))
-            .exec(&self.db)
-            .await?;
-        if result.rows_affected == 1 {
+            .filter(Column::Generation.eq(big(guard.generation)));
+        let usage = super::usage::usage_step(guard.status, to);
+        let updated = if usage == super::usage::UsageStep::Nothing {
+            update.exec(&self.db).await?.rows_affected == 1
+        } else {
+            let transaction = self.db.begin().await?;
+            let updated = update.exec(&transaction).await?.rows_affected == 1;
+            if updated {
+                super::usage::apply(&transaction, id, usage, now).await?;
+            }
+            transaction.commit().await?;
+            updated
+        };
+        if updated {
             return Ok(Outcome::Updated);
         }
         let exists = Entity::find_by_id(id.0).count(&self.db).await? > 0;

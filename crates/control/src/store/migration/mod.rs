@@ -8,6 +8,8 @@
 
 mod m0001_initial;
 mod m0002_accounts;
+mod m0005_audit_channels;
+mod m0006_metrics;
 
 use sea_orm_migration::prelude::*;
 
@@ -19,6 +21,8 @@ impl MigratorTrait for Migrator {
         vec![
             Box::new(m0001_initial::Initial),
             Box::new(m0002_accounts::Accounts),
+            Box::new(m0005_audit_channels::AuditChannels),
+            Box::new(m0006_metrics::Metrics),
         ]
     }
 }
