@@ -50,7 +50,15 @@ impl Fixture {
         config.around.usage_interval = Duration::from_secs(3600);
         config.around.delivery_backoff = Duration::ZERO;
         config.around.allow_private_webhooks = true;
+        let server = std::env::var("WRENN_TEST_POSTGRES").ok();
+        if let Some(server) = &server {
+            config.database_url = Some(own_database(server).await);
+        }
         change(&mut config);
+        let url = match &config.database_url {
+            Some(url) => url.clone(),
+            None => format!("sqlite://{}", dir.path().join("control.db").display()),
+        };
         let running = start(config).await;
         let first = running
             .control
@@ -62,7 +70,6 @@ impl Fixture {
         let mut host = SimHost::start(&running.url).await;
         host.register(&token.token).await;
         host.heartbeat().await;
-        let url = format!("sqlite://{}", dir.path().join("control.db").display());
         let db = Database::connect(url).await.expect("the same database");
         Self {
             running,
@@ -188,6 +195,20 @@ impl Fixture {
         self.db.close().await.expect("closed");
         self.running.stop().await;
     }
+}
+
+/// A database of this test's own, on the PostgreSQL server that the environment names.
+async fn own_database(server: &str) -> String {
+    let name = format!("around_{}", UserId::new().0.simple());
+    let admin = Database::connect(format!("{server}/postgres"))
+        .await
+        .expect("the server");
+    admin
+        .execute_unprepared(&format!("CREATE DATABASE {name}"))
+        .await
+        .expect("a database");
+    admin.close().await.expect("closed");
+    format!("{server}/{name}")
 }
 
 fn actions(entries: &[Value]) -> Vec<&str> {
@@ -494,6 +515,91 @@ async fn what_the_platform_does_is_noted_and_nothing_is_lost_at_shutdown() {
         .expect("a row");
     assert_eq!(row.try_get::<i64>("", "n").expect("a count"), 20);
     db.close().await.expect("closed");
+}
+
+#[tokio::test]
+async fn a_socket_is_noted_once_its_caller_is_known() {
+    use futures::{SinkExt as _, StreamExt as _};
+    use tokio_tungstenite::tungstenite::Message;
+    let world = Fixture::new().await;
+    let id = world.sandbox().await;
+    let url = format!(
+        "{}/v1/sandboxes/{id}/exec/stream",
+        world.running.url.replacen("http", "ws", 1)
+    );
+    for key in [world.key.as_str(), "wrn_wrong"] {
+        let (mut socket, _) = tokio_tungstenite::connect_async(&url).await.expect("connected");
+        let auth = json!({"type": "auth", "api_key": key}).to_string();
+        socket.send(Message::Text(auth.into())).await.expect("sent");
+        let start = json!({"type": "start", "cmd": "true"}).to_string();
+        let _ = socket.send(Message::Text(start.into())).await;
+        while let Some(Ok(_)) = socket.next().await {}
+    }
+    let entries = world.log("?action=sandbox.exec").await;
+    assert_eq!(entries.len(), 1, "{entries:?}");
+    assert_eq!(entries[0]["actor_type"], "api_key");
+    assert_eq!(entries[0]["resource_id"], id.as_str());
+    let (_, all) = world
+        .owned(
+            "GET",
+            "/v1/admin/audit-logs?action=sandbox.exec&actor_type=anonymous",
+            None,
+        )
+        .await;
+    assert_eq!(all["entries"][0]["status"], 401, "{all}");
+    assert_eq!(all["entries"].as_array().map(Vec::len), Some(1));
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_client_that_goes_away_is_noted_and_its_keyed_create_is_finished() {
+    let world = Fixture::new().await;
+    // The host does not answer, so that `wait` keeps both requests open.
+    world.host.hold(wrenn_testkit::simhost::Call::Create);
+    let plain = world
+        .request("POST", "/v1/sandboxes?wait=20")
+        .header("x-api-key", &world.key)
+        .json(&json!({}));
+    let plain = tokio::spawn(plain.send());
+    world
+        .host
+        .wait_arrived(wrenn_testkit::simhost::Call::Create, 1)
+        .await;
+    let keyed = world
+        .request("POST", "/v1/sandboxes?wait=20")
+        .header("x-api-key", &world.key)
+        .header("idempotency-key", "k")
+        .json(&json!({}));
+    let keyed = tokio::spawn(keyed.send());
+    world
+        .host
+        .wait_arrived(wrenn_testkit::simhost::Call::Create, 2)
+        .await;
+    plain.abort();
+    keyed.abort();
+    let deadline = tokio::time::Instant::now() + DEADLINE;
+    while world.log("?action=sandbox.create").await.len() < 2 {
+        assert!(tokio::time::Instant::now() < deadline, "never noted");
+        tokio::task::yield_now().await;
+    }
+    let entries = world.log("?action=sandbox.create").await;
+    assert!(
+        entries.iter().all(|entry| entry["outcome"] == "unknown"),
+        "{entries:?}"
+    );
+    world.host.release(wrenn_testkit::simhost::Call::Create);
+    let response = world
+        .request("POST", "/v1/sandboxes?wait=20")
+        .header("x-api-key", &world.key)
+        .header("idempotency-key", "k")
+        .json(&json!({}))
+        .send()
+        .await
+        .expect("an answer");
+    assert!(response.headers().contains_key("idempotent-replayed"));
+    assert_eq!(response.status().as_u16(), 201);
+    assert_eq!(world.count().await, 2);
+    world.end().await;
 }
 
 // ---- Stats and usage ----

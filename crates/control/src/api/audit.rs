@@ -7,7 +7,7 @@
 
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, LazyLock, OnceLock};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
 
 use axum::body::{Body, HttpBody as _};
 use axum::extract::{ConnectInfo, FromRequestParts as _, MatchedPath, RawPathParams, Request, State};
@@ -247,14 +247,53 @@ pub(super) fn takes_key(method: &Method, matched: &str) -> bool {
 
 /// Where a request's extractors leave who the caller is, for the log.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct ActorSlot(Arc<OnceLock<(AuditActor, Option<TeamId>)>>);
+pub(crate) struct ActorSlot(Arc<Slot>);
+
+#[derive(Default)]
+struct Slot {
+    known: OnceLock<(AuditActor, Option<TeamId>)>,
+    /// The entry of a WebSocket whose caller is not known when it is answered.
+    waiting: Mutex<Option<(Services, AuditEntry)>>,
+}
+
+impl std::fmt::Debug for Slot {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Slot")
+            .field("known", &self.known)
+            .finish_non_exhaustive()
+    }
+}
 
 impl ActorSlot {
     /// Notes the caller; the first note stays.
     pub(crate) fn note(extensions: &Extensions, actor: AuditActor, team: Option<TeamId>) {
         if let Some(Self(slot)) = extensions.get::<Self>() {
-            let _ = slot.set((actor, team));
+            let _ = slot.known.set((actor, team));
         }
+    }
+
+    /// The caller became known after the answer, or was refused: the entry that waited is complete.
+    pub(crate) fn late(&self, known: Option<(AuditActor, TeamId)>) {
+        let waiting = self
+            .0
+            .waiting
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .take();
+        let Some((services, mut entry)) = waiting else {
+            return;
+        };
+        match known {
+            Some((actor, team)) => {
+                entry.actor = actor;
+                entry.team = Some(team);
+            }
+            None => {
+                entry.status = Some(StatusCode::UNAUTHORIZED.as_u16());
+                entry.outcome = AuditOutcome::Denied;
+            }
+        }
+        services.audit(entry);
     }
 }
 
@@ -390,14 +429,14 @@ impl Record {
         };
         if let Some((kind, id)) = proved {
             let team = text("/team_id").and_then(|team| team.parse().ok());
-            let _ = self.slot.0.set((AuditActor { kind, id }, team));
+            let _ = self.slot.0.known.set((AuditActor { kind, id }, team));
         }
         Response::from_parts(parts, Body::from(bytes))
     }
 
     fn write(&mut self, status: Option<StatusCode>) {
         self.done = true;
-        let known = self.slot.0.get().cloned();
+        let known = self.slot.0.known.get().cloned();
         let success = status.is_none_or(|status| status.as_u16() < 400);
         let outcome = match status {
             None => AuditOutcome::Unknown,
@@ -407,23 +446,23 @@ impl Record {
             }
             Some(_) => AuditOutcome::Failure,
         };
-        // Of callers who are not known, only what they achieved and what they were denied counts; the
-        // caller of a WebSocket may yet become known.
+        // Of callers who are not known, only what they achieved and what they were denied counts.
         let counts = match outcome {
             _ if known.is_some() => true,
-            AuditOutcome::Success => !self.socket,
-            AuditOutcome::Denied => true,
+            AuditOutcome::Success | AuditOutcome::Denied => true,
             AuditOutcome::Failure | AuditOutcome::Unknown => false,
         };
         if !counts {
             return;
         }
+        // The caller of a WebSocket may yet say who it is.
+        let late = self.socket && success && known.is_none();
         let (actor, own) = known.unwrap_or((AuditActor::ANONYMOUS, None));
         let mut resource_id = self.resource_id.take();
         if self.route.is_some_and(|route| route.id == Caller) {
             resource_id.clone_from(&actor.id);
         }
-        self.services.audit(AuditEntry {
+        let entry = AuditEntry {
             id: AuditId::new(),
             // What failed must not appear in the log of a team that is not the caller's.
             team: self.team.filter(|_| success).or(own),
@@ -435,7 +474,13 @@ impl Record {
             outcome,
             source: self.source,
             at: now(),
-        });
+        };
+        if late {
+            let waiting = &self.slot.0.waiting;
+            *waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some((self.services.clone(), entry));
+        } else {
+            self.services.audit(entry);
+        }
     }
 }
 

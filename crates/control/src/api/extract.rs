@@ -68,8 +68,21 @@ impl FromRequestParts<Services> for PlatformAdmin {
 
 /// The caller of a WebSocket: by API key, or not yet known. Browsers cannot set headers on a WebSocket,
 /// so the key may come in the first message; a key that is in a header has to be valid.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct SocketCaller(pub(crate) Option<Principal>);
+#[derive(Debug, Clone)]
+pub(crate) struct SocketCaller {
+    pub(crate) known: Option<Principal>,
+    /// Where the audit log waits to learn who it is.
+    slot: Option<ActorSlot>,
+}
+
+impl SocketCaller {
+    /// The client has said who it is, or has failed to.
+    pub(crate) fn identified(&self, principal: Option<&Principal>) {
+        if let Some(slot) = &self.slot {
+            slot.late(principal.map(|principal| (principal.actor.into(), principal.team)));
+        }
+    }
+}
 
 impl FromRequestParts<Services> for SocketCaller {
     type Rejection = ApiError;
@@ -80,10 +93,16 @@ impl FromRequestParts<Services> for SocketCaller {
             header::AUTHORIZATION,
         ];
         if !tried.iter().any(|name| parts.headers.contains_key(name)) {
-            return Ok(Self(None));
+            return Ok(Self {
+                known: None,
+                slot: parts.extensions.get().cloned(),
+            });
         }
         let Caller(principal) = Caller::from_request_parts(parts, services).await?;
-        Ok(Self(Some(principal)))
+        Ok(Self {
+            known: Some(principal),
+            slot: None,
+        })
     }
 }
 
