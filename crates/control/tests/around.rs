@@ -115,6 +115,19 @@ impl Fixture {
             .expect("the statement runs");
     }
 
+    async fn rows(&self, table: &str) -> i64 {
+        self.db
+            .query_one_raw(Statement::from_string(
+                self.db.get_database_backend(),
+                format!("SELECT COUNT(*) AS n FROM {table}"),
+            ))
+            .await
+            .expect("a query")
+            .expect("a row")
+            .try_get("", "n")
+            .expect("a count")
+    }
+
     /// A further user, in the first team.
     async fn user(&self, role: &str) -> UserId {
         let user = UserId::new();
@@ -756,6 +769,79 @@ async fn usage_is_the_running_time_exactly_however_often_it_is_added_up() {
     world.end().await;
 }
 
+#[tokio::test]
+async fn usage_is_counted_once_while_sandboxes_come_and_go() {
+    let world = Fixture::new().await;
+    let control = &world.running.control;
+    let lives = (0..6).map(|_| async {
+        let id = world.sandbox().await;
+        world
+            .keyed("POST", &format!("/v1/sandboxes/{id}/pause?wait=20"), None)
+            .await;
+        world
+            .keyed("POST", &format!("/v1/sandboxes/{id}/resume?wait=20"), None)
+            .await;
+        world
+            .keyed("DELETE", &format!("/v1/sandboxes/{id}?wait=20"), None)
+            .await;
+    });
+    let passes = (0..30).map(|_| control.accrue_usage(now()));
+    let begun = now();
+    let (_, passes) = tokio::join!(
+        futures::future::join_all(lives),
+        futures::future::join_all(passes)
+    );
+    for pass in passes {
+        pass.expect("a pass");
+    }
+    let most = (now() - begun) as f64 / 60_000.0 * 6.0;
+    control.accrue_usage(now() + 1000).await.expect("a pass");
+    assert_eq!(
+        world.rows("usage_intervals").await,
+        0,
+        "all have ended and are counted"
+    );
+    let (_, usage) = world.keyed("GET", "/v1/sandboxes/usage", None).await;
+    let used = sum(&usage, "cpu_minutes");
+    assert!(used > 0.0 && used <= most, "{used} of at most {most}");
+    assert!(
+        (sum(&usage, "ram_mb_minutes") - used * 512.0).abs() < 1e-6,
+        "{usage}"
+    );
+    world.end().await;
+}
+
+#[tokio::test]
+async fn what_a_deleted_team_left_is_removed() {
+    let world = Fixture::new().await;
+    world.sandbox().await;
+    world.running.control.sample_metrics(now()).await.expect("a pass");
+    world
+        .owned(
+            "POST",
+            "/v1/channels",
+            Some(webhook("ops", "http://hooks.example.com/")),
+        )
+        .await;
+    world.running.control.prune(now()).await.expect("a pass");
+    assert_eq!(
+        (world.rows("metric_snapshots").await, world.rows("channels").await),
+        (3, 1)
+    );
+    world
+        .sql(
+            "UPDATE teams SET deleted_at = 1 WHERE id = $1",
+            vec![world.team.0.into()],
+        )
+        .await;
+    world.running.control.prune(now()).await.expect("a pass");
+    assert_eq!(
+        (world.rows("metric_snapshots").await, world.rows("channels").await),
+        (0, 0)
+    );
+    world.end().await;
+}
+
 // ---- Channels ----
 
 fn webhook(name: &str, url: &str) -> Value {
@@ -1033,16 +1119,7 @@ async fn a_message_is_given_up_after_its_attempts_and_dropped_with_its_channel()
     );
     let (status, _) = world.owned("DELETE", &path, None).await;
     assert_eq!(status, 204);
-    let row = world
-        .db
-        .query_one_raw(Statement::from_string(
-            world.db.get_database_backend(),
-            "SELECT COUNT(*) AS n FROM channel_deliveries",
-        ))
-        .await
-        .expect("a query")
-        .expect("a row");
-    assert_eq!(row.try_get::<i64>("", "n").expect("a count"), 0);
+    assert_eq!(world.rows("channel_deliveries").await, 0);
     world.end().await;
 }
 

@@ -78,13 +78,14 @@ impl Services {
         });
     }
 
-    /// Removes what is too old.
+    /// Removes what is too old, and what deleted teams left.
     pub(crate) async fn prune_pass(&self, now: Millis) -> Result<()> {
         self.store
             .audit_prune(now - millis(self.config.around.audit_keep))
             .await?;
         self.store.deliveries_prune(now - DELIVERIES_KEEP).await?;
         self.store.idempotency_prune(now).await?;
+        self.store.deleted_teams_forget().await?;
         self.metrics_prune(now).await
     }
 }

@@ -3,7 +3,7 @@
 //! A sandbox's running time is an interval that opens and closes in the transaction of the status change
 //! itself, so no crash can lose or double it. A pass adds the intervals' new parts to the days and moves
 //! their mark, also in one transaction: repeated, it adds nothing twice, and several control planes may
-//! run it at once, since the rows' locks put them in order.
+//! run it at once, since a row's lock puts them in order.
 
 use sea_orm::{
     ConnectionTrait, DatabaseTransaction, DbErr, FromQueryResult, Statement, TransactionTrait, Value,
@@ -121,12 +121,13 @@ impl Store {
     }
 
     /// Samples all teams at once into one width's row. A later sample within the width raises the values.
+    /// Teams come in order, so that two control planes that sample at once wait for each other, not both.
     pub(crate) async fn metrics_sample(&self, at: Millis, width: Millis) -> Result<u64, DbErr> {
         let sql = format!(
             "INSERT INTO metric_snapshots (team_id, width_ms, at, running_count, vcpus, memory_mb) \
              SELECT team_id, CAST($1 AS INTEGER), CAST($2 AS BIGINT), COUNT(*), \
              CAST(SUM(vcpus) AS BIGINT), CAST(SUM(memory_mb) AS BIGINT) \
-             FROM sandboxes WHERE status IN {HOLDING} GROUP BY team_id \
+             FROM sandboxes WHERE status IN {HOLDING} GROUP BY team_id ORDER BY team_id \
              ON CONFLICT (team_id, width_ms, at) DO UPDATE SET \
              running_count = CASE WHEN excluded.running_count > metric_snapshots.running_count \
              THEN excluded.running_count ELSE metric_snapshots.running_count END, \
@@ -153,6 +154,18 @@ impl Store {
             ))
             .await?;
         Ok(result.rows_affected())
+    }
+
+    /// Removes the samples and channels of teams that were deleted. (A deleted team's row stays, so no foreign
+    /// key does it.) What they used stays: it may still have to be paid.
+    pub(crate) async fn deleted_teams_forget(&self) -> Result<(), DbErr> {
+        for table in ["metric_snapshots", "channels"] {
+            let sql = format!(
+                "DELETE FROM {table} WHERE team_id IN (SELECT id FROM teams WHERE deleted_at IS NOT NULL)"
+            );
+            self.db.execute_raw(self.raw(&sql, Vec::new())).await?;
+        }
+        Ok(())
     }
 
     /// What a team holds at the moment.
@@ -199,7 +212,14 @@ impl Store {
                 ))
                 .await
         };
-        // The write comes first and locks what it will count: nothing closes while it is being counted.
+        // One pass at a time, on whatever control plane: this row's lock is the queue.
+        run(
+            "INSERT INTO settings (name, value, updated_at) VALUES ('usage_accrual', NULL, $1) \
+             ON CONFLICT (name) DO UPDATE SET updated_at = excluded.updated_at",
+            vec![until.into()],
+        )
+        .await?;
+        // Locks what will be counted: nothing closes while it is being counted.
         let grown = run(
             "UPDATE usage_intervals SET accruing_to = \
              CASE WHEN ended_at IS NOT NULL AND ended_at < $1 THEN ended_at ELSE $1 END \

@@ -38,6 +38,13 @@ impl MigrationTrait for Metrics {
                 &["accrued_until"],
                 false,
             ),
+            // What a team holds now, among all that it ever had.
+            index(
+                "idx_sandboxes_team_status",
+                "sandboxes",
+                &["team_id", "status"],
+                false,
+            ),
         ] {
             manager.create_index(statement).await?;
         }
@@ -58,6 +65,14 @@ impl MigrationTrait for Metrics {
     }
 
     async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        manager
+            .drop_index(
+                Index::drop()
+                    .name("idx_sandboxes_team_status")
+                    .table("sandboxes")
+                    .to_owned(),
+            )
+            .await?;
         for name in ["usage_days", "usage_intervals", "metric_snapshots"] {
             manager.drop_table(Table::drop().table(name).to_owned()).await?;
         }
