@@ -29,6 +29,7 @@ struct Fixture {
     secret: MasterSecret,
     db: DatabaseConnection,
     http: reqwest::Client,
+    config: ControlConfig,
     _dir: tempfile::TempDir,
 }
 
@@ -59,7 +60,7 @@ impl Fixture {
             Some(url) => url.clone(),
             None => format!("sqlite://{}", dir.path().join("control.db").display()),
         };
-        let running = start(config).await;
+        let running = start(config.clone()).await;
         let first = running
             .control
             .bootstrap()
@@ -80,6 +81,7 @@ impl Fixture {
             secret,
             db,
             http: reqwest::Client::new(),
+            config,
             _dir: dir,
         }
     }
@@ -1337,6 +1339,128 @@ async fn a_claim_whose_process_died_is_taken_over_by_one() {
         .await
         .expect("a pass");
     assert!(!world.create_once("k", &body).await.2);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_claim_is_kept_as_long_as_its_request_runs() {
+    let world = Fixture::with(|config| {
+        config.around.idempotency_claim = Duration::from_millis(100);
+        config.around.idempotency_wait = Duration::ZERO;
+    })
+    .await;
+    world.host.hold(wrenn_testkit::simhost::Call::Create);
+    let create = || {
+        world
+            .request("POST", "/v1/sandboxes?wait=20")
+            .header("x-api-key", &world.key)
+            .header("idempotency-key", "k")
+            .json(&json!({}))
+    };
+    let first = tokio::spawn(create().send());
+    world
+        .host
+        .wait_arrived(wrenn_testkit::simhost::Call::Create, 1)
+        .await;
+    let end = || async {
+        world
+            .db
+            .query_one_raw(Statement::from_string(
+                world.db.get_database_backend(),
+                "SELECT claim_ends_at FROM idempotency_keys",
+            ))
+            .await
+            .expect("a query")
+            .expect("a row")
+            .try_get::<i64>("", "claim_ends_at")
+            .expect("a time")
+    };
+    let claimed = end().await;
+    let deadline = tokio::time::Instant::now() + DEADLINE;
+    while end().await <= claimed + 100 {
+        assert!(tokio::time::Instant::now() < deadline, "never renewed");
+        tokio::task::yield_now().await;
+    }
+    let busy = create().send().await.expect("an answer");
+    assert_eq!(busy.status().as_u16(), 409);
+    assert!(busy.headers().contains_key("retry-after"));
+    world.host.release(wrenn_testkit::simhost::Call::Create);
+    let first = first.await.expect("no panic").expect("an answer");
+    assert_eq!(first.status().as_u16(), 201);
+    assert_eq!(world.count().await, 1);
+    world.end().await;
+}
+
+#[tokio::test]
+async fn two_control_planes_share_creates_messages_and_usage() {
+    let sink = Sink::new(&[]).await;
+    let world = Fixture::new().await;
+    let second = start(world.config.clone()).await;
+    world
+        .owned("POST", "/v1/channels", Some(webhook("ops", &sink.url)))
+        .await;
+    // The same create at both.
+    let calls = (0..10).map(|index| {
+        let url = if index % 2 == 0 {
+            &world.running.url
+        } else {
+            &second.url
+        };
+        let request = world
+            .http
+            .post(format!("{url}/v1/sandboxes?wait=20"))
+            .timeout(DEADLINE)
+            .header("x-api-key", &world.key)
+            .header("idempotency-key", "k")
+            .json(&json!({}));
+        answer(request)
+    });
+    let ids: BTreeSet<String> = futures::future::join_all(calls)
+        .await
+        .into_iter()
+        .map(|(status, body)| {
+            assert_eq!(status, 201, "{body}");
+            body["id"].as_str().expect("an id").to_owned()
+        })
+        .collect();
+    assert_eq!(ids.len(), 1);
+    // The same events told by both, delivered by both.
+    let (one, two) = (&world.running.control, &second.control);
+    let events: Vec<_> = (0..10)
+        .map(|_| world.event(ChannelEventKind::CapsuleRunning))
+        .collect();
+    for event in &events {
+        let (a, b) = tokio::join!(one.notify(event), two.notify(event));
+        a.expect("told");
+        b.expect("told");
+    }
+    let (a, b) = tokio::join!(one.deliver_notifications(), two.deliver_notifications());
+    a.expect("a pass");
+    b.expect("a pass");
+    assert_eq!(sink.until(&world, 10).await.len(), 10);
+    // The same samples and the same roll-up.
+    let at = now();
+    let (a, b) = tokio::join!(one.sample_metrics(at), two.sample_metrics(at));
+    a.expect("a pass");
+    b.expect("a pass");
+    assert_eq!(world.rows("metric_snapshots").await, 3);
+    let noon = (now().div_euclid(DAY) - 2) * DAY + DAY / 2;
+    world
+        .sql(
+            "UPDATE usage_intervals SET accrued_until = $1, accruing_to = $1",
+            vec![noon.into()],
+        )
+        .await;
+    let passes = (0..8).map(|index| {
+        let control = if index % 2 == 0 { one } else { two };
+        control.accrue_usage(noon + DAY)
+    });
+    for pass in futures::future::join_all(passes).await {
+        pass.expect("a pass");
+    }
+    let (_, usage) = world.keyed("GET", "/v1/sandboxes/usage", None).await;
+    assert!((sum(&usage, "cpu_minutes") - 1440.0).abs() < 1e-6, "{usage}");
+    second.stop().await;
     world.end().await;
 }
 

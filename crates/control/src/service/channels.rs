@@ -148,6 +148,9 @@ impl Services {
         let (team, _) = session.in_team()?;
         let limit = limit.unwrap_or(100);
         validate::within("limit", limit, 1, 100)?;
+        if after.is_some_and(|after| after.contains('\0')) {
+            return Err(Error::invalid("after must not contain a NUL character"));
+        }
         self.store
             .channels_of_team(team, after, limit.into())
             .await?
