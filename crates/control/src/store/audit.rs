@@ -68,7 +68,8 @@ impl Store {
             .add_option(since.map(|since| Column::CreatedAt.gte(since)))
             .add_option(until.map(|until| Column::CreatedAt.lt(until)));
         if let Some((at, id)) = before {
-            wanted = wanted.add(
+            // The bound by itself lets a deep page start in the middle of the index.
+            wanted = wanted.add(Column::CreatedAt.lte(at)).add(
                 Condition::any()
                     .add(Column::CreatedAt.lt(at))
                     .add(Column::CreatedAt.eq(at).and(Column::Id.lt(id.0))),
