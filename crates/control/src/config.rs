@@ -37,6 +37,8 @@ pub struct ControlConfig {
     pub limits: Limits,
     /// How patient the background work is.
     pub timings: Timings,
+    /// Audit log, channels, usage, and repeated creates.
+    pub around: Around,
 }
 
 impl std::fmt::Debug for ControlConfig {
@@ -59,6 +61,7 @@ impl std::fmt::Debug for ControlConfig {
             .field("trusted_proxies", &self.trusted_proxies)
             .field("limits", &self.limits)
             .field("timings", &self.timings)
+            .field("around", &self.around)
             .finish()
     }
 }
@@ -79,6 +82,7 @@ impl ControlConfig {
             attempts: AttemptLimits::default(),
             limits: Limits::default(),
             timings: Timings::default(),
+            around: Around::default(),
         }
     }
 }
@@ -172,6 +176,55 @@ impl Default for Timings {
             shutdown_grace: Duration::from_secs(10),
             housekeeping_interval: Duration::from_secs(10),
             account_grace: Duration::from_secs(15 * 24 * 3600),
+        }
+    }
+}
+
+/// What goes on around the sandboxes: audit log, channels, usage, and repeated creates.
+#[derive(Debug, Clone)]
+pub struct Around {
+    /// Channels may lead to private addresses and over plain HTTP.
+    pub allow_private_webhooks: bool,
+    /// Where Telegram's bot API is.
+    pub telegram_url: String,
+    /// Age at which entries of the audit log are removed.
+    pub audit_keep: Duration,
+    /// Between two samples of what teams hold.
+    pub sample_interval: Duration,
+    /// Between two roll-ups of usage; also between two removals of what is too old.
+    pub usage_interval: Duration,
+    /// Between two looks for messages that are due; a new event starts one at once.
+    pub delivery_interval: Duration,
+    /// Limit of one attempt to deliver a message.
+    pub delivery_timeout: Duration,
+    /// Attempts after which a message is given up.
+    pub delivery_attempts: u32,
+    /// Wait after the first failed attempt; doubles with each further one, up to an hour.
+    pub delivery_backoff: Duration,
+    /// How long the answer to a create with an `Idempotency-Key` is kept.
+    pub idempotency_keep: Duration,
+    /// How long a process may fall silent before another may execute the create that it had begun.
+    pub idempotency_claim: Duration,
+    /// How long a repeated create waits for the first one's answer.
+    pub idempotency_wait: Duration,
+}
+
+impl Default for Around {
+    fn default() -> Self {
+        const DAY: Duration = Duration::from_secs(24 * 3600);
+        Self {
+            allow_private_webhooks: false,
+            telegram_url: "https://api.telegram.org".to_owned(),
+            audit_keep: DAY * 400,
+            sample_interval: Duration::from_secs(10),
+            usage_interval: Duration::from_secs(60),
+            delivery_interval: Duration::from_secs(5),
+            delivery_timeout: Duration::from_secs(10),
+            delivery_attempts: 10,
+            delivery_backoff: Duration::from_secs(5),
+            idempotency_keep: DAY,
+            idempotency_claim: Duration::from_secs(60),
+            idempotency_wait: Duration::from_secs(30),
         }
     }
 }

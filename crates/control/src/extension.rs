@@ -142,7 +142,7 @@ impl Extensions {
     pub(crate) fn start_workers(&self, services: &Services) {
         for worker in self.iter().flat_map(Extension::workers) {
             let services = services.clone();
-            services.clone().tasks.spawn(TaskKind::Worker, async move {
+            services.clone().tasks.spawn(TaskKind::Extension, async move {
                 loop {
                     if !services.leads() {
                         tokio::time::sleep(FOLLOWER_LOOK).await;

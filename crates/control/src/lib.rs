@@ -293,6 +293,46 @@ impl ControlPlane {
         self.services.write_key_uses().await
     }
 
+    /// Tells a team's channels of an event; they hear of it in the background. Repeating it is harmless.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn notify(&self, event: &domain::around::ChannelEvent) -> Result<()> {
+        self.services.channels_on_event(event).await
+    }
+
+    /// Tries now to deliver the messages to channels that are due; returns how many were tried.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn deliver_notifications(&self) -> Result<usize> {
+        self.services.deliver_pass().await
+    }
+
+    /// Samples now what each team's running sandboxes hold, as of the given time.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn sample_metrics(&self, at: domain::Millis) -> Result<()> {
+        self.services.sample_pass(at).await
+    }
+
+    /// Adds running times up to the given moment to the days' usage.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn accrue_usage(&self, until: domain::Millis) -> Result<()> {
+        self.services.usage_pass(until).await
+    }
+
+    /// Removes what is too old at the given time: audit entries, samples, messages that ended, kept answers.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn prune(&self, now: domain::Millis) -> Result<()> {
+        self.services.prune_pass(now).await
+    }
+
     /// The HTTP API.
     pub fn router(&self) -> axum::Router {
         api::router(self.services.clone(), &self.extensions)
@@ -316,6 +356,7 @@ impl ControlPlane {
         self.services.start_events();
         self.services.start_pruning();
         self.services.start_housekeeping();
+        self.services.start_around();
         self.extensions.start_workers(&self.services);
         Ok(())
     }
@@ -373,6 +414,7 @@ impl ControlPlane {
             .tasks
             .shut_down(self.services.config.timings.shutdown_grace)
             .await;
+        self.services.audit_finish().await;
         if let Err(error) = self.services.write_key_uses().await {
             tracing::warn!(%error, "the last uses of keys were not written down");
         }

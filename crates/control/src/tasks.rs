@@ -17,13 +17,15 @@ pub enum TaskKind {
     /// Looks after hosts and records. At shutdown it ends at its next wait.
     Monitor,
     /// An extension's worker. At shutdown it ends at its next wait.
-    Worker,
+    Extension,
     /// Finishes deletions and writes down what was collected. At shutdown it ends at its next wait; what is left is
     /// marked in the database, and the next process takes it up.
     Housekeeping,
     /// Sends a mail. At shutdown it may finish within the grace; cut short, the mail is lost and its reader asks
     /// for another one.
     Mail,
+    /// Repeats a pass until it sees that shutdown has begun; the pass under way may finish within the grace.
+    Worker,
 }
 
 impl TaskKind {
@@ -32,6 +34,7 @@ impl TaskKind {
             Self::Drive => "drive",
             Self::Monitor => "monitor",
             Self::Worker => "worker",
+            Self::Extension => "extension",
             Self::Housekeeping => "housekeeping",
             Self::Mail => "mail",
         }
@@ -40,8 +43,8 @@ impl TaskKind {
     /// Whether cancellation drops the task at its next await, or lets it finish.
     fn stops_at_once(self) -> bool {
         match self {
-            Self::Monitor | Self::Worker | Self::Housekeeping => true,
-            Self::Drive | Self::Mail => false,
+            Self::Monitor | Self::Extension | Self::Housekeeping => true,
+            Self::Drive | Self::Mail | Self::Worker => false,
         }
     }
 }

@@ -23,6 +23,8 @@ struct Place {
     running: Running,
     http: reqwest::Client,
     config: ControlConfig,
+    // Last, so that they outlive what uses them.
+    postgres: Option<wrenn_testkit::servers::Postgres>,
     dir: tempfile::TempDir,
 }
 
@@ -37,6 +39,9 @@ impl Place {
         config.timings.monitor_interval = Duration::from_secs(3600);
         config.timings.mail_retry = Duration::from_millis(1);
         config.password_cost = CHEAP;
+        let postgres = common::postgres();
+        config.database_url = postgres.as_ref().map(wrenn_testkit::servers::Postgres::url);
+        config.secret = Some(wrenn_control::MasterSecret::generate().expect("randomness"));
         change(&mut config);
         let running = start(config.clone()).await;
         let http = reqwest::Client::builder()
@@ -48,6 +53,7 @@ impl Place {
             running,
             http,
             config,
+            postgres,
             dir,
         }
     }
@@ -57,6 +63,7 @@ impl Place {
             running,
             http,
             mut config,
+            postgres,
             dir,
         } = self;
         running.stop().await;
@@ -66,6 +73,7 @@ impl Place {
             running,
             http,
             config,
+            postgres,
             dir,
         }
     }

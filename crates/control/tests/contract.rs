@@ -69,7 +69,7 @@ fn every_error_code_is_explained() {
 }
 
 /// Suites that need no database, or bring their own.
-const ONE_DATABASE: [&str; 4] = ["contract", "postgres", "database", "fleet"];
+const ONE_DATABASE: [&str; 5] = ["contract", "postgres", "database", "fleet", "schemathesis"];
 
 #[test]
 fn every_suite_runs_on_postgres_too() {

@@ -4,11 +4,19 @@
     reason = "each suite brings its own `common`, as it does when it is a binary by itself"
 )]
 
+#[path = "accounts.rs"]
+mod accounts;
 #[path = "api.rs"]
 mod api;
+#[path = "around.rs"]
+mod around;
+#[path = "deletion.rs"]
+mod deletion;
 #[path = "events.rs"]
 mod events;
 #[path = "lifecycle.rs"]
 mod lifecycle;
 #[path = "sockets.rs"]
 mod sockets;
+#[path = "teams.rs"]
+mod teams;

@@ -103,6 +103,10 @@ ids! {
     HostId, "host-", "host";
     /// A template, built or made from a sandbox.
     TemplateId, "tpl-", "template";
+    /// A notification channel.
+    ChannelId, "chn-", "channel";
+    /// An entry of the audit log.
+    AuditId, "aud-", "audit entry";
 }
 
 impl TeamId {

@@ -4,8 +4,11 @@
 use base64::Engine as _;
 use wrenn_proto::{hostagent, rest};
 
+use crate::domain::around::{AuditEntry, Channel};
 use crate::domain::{Failure, Sandbox, SandboxId, SandboxStatus, TeamId, Template, timestamp};
+use crate::service::channels::ShownChannel;
 use crate::service::processes::ExecOutcome;
+use crate::service::usage::{DayUse, TeamStats};
 
 pub(crate) fn sandbox(sandbox: Sandbox) -> rest::Sandbox {
     let Sandbox {
@@ -83,6 +86,129 @@ pub(crate) fn template(template: Template) -> rest::Template {
         size_bytes,
         platform: team == TeamId::PLATFORM,
         created_at: timestamp(created_at),
+    }
+}
+
+pub(crate) fn audit_page(entries: Vec<AuditEntry>, next_cursor: Option<String>) -> rest::AuditPage {
+    let entry = |entry: AuditEntry| {
+        let AuditEntry {
+            id,
+            team,
+            actor,
+            action,
+            resource_type,
+            resource_id,
+            status,
+            outcome,
+            source,
+            at,
+        } = entry;
+        rest::AuditEntry {
+            id: id.to_string(),
+            team_id: team.map(|team| team.to_string()),
+            actor_type: actor.kind,
+            actor_id: actor.id,
+            action,
+            resource_type,
+            resource_id,
+            status,
+            outcome,
+            source_address: source.map(|source| source.to_string()),
+            created_at: timestamp(at),
+        }
+    };
+    rest::AuditPage {
+        entries: entries.into_iter().map(entry).collect(),
+        next_cursor,
+    }
+}
+
+pub(crate) fn channel(shown: ShownChannel) -> rest::Channel {
+    let ShownChannel {
+        channel,
+        config,
+        secret,
+    } = shown;
+    let Channel {
+        id,
+        team,
+        name,
+        provider,
+        sealed: _,
+        events,
+        created_by: _,
+        created_at,
+        updated_at,
+        delivered_at,
+        failed_at,
+        last_error,
+    } = channel;
+    rest::Channel {
+        id: id.to_string(),
+        team_id: team.to_string(),
+        name,
+        provider,
+        config,
+        events,
+        secret,
+        created_at: timestamp(created_at),
+        updated_at: timestamp(updated_at),
+        delivered_at: delivered_at.map(timestamp),
+        failed_at: failed_at.map(timestamp),
+        last_error,
+    }
+}
+
+pub(crate) fn stats(range: &str, stats: TeamStats) -> rest::Stats {
+    let TeamStats {
+        current,
+        at,
+        peaks,
+        series,
+    } = stats;
+    let count = |value: i64| u64::try_from(value).unwrap_or_default();
+    rest::Stats {
+        range: range.to_owned(),
+        current: rest::StatsNow {
+            running_count: count(current.running_count),
+            vcpus_reserved: count(current.vcpus),
+            memory_mb_reserved: count(current.memory_mb),
+            sampled_at: timestamp(at),
+        },
+        peaks: rest::StatsPeaks {
+            running_count: count(peaks.running_count),
+            vcpus: count(peaks.vcpus),
+            memory_mb: count(peaks.memory_mb),
+        },
+        series: rest::StatsSeries {
+            labels: series.iter().map(|(at, _)| timestamp(*at).to_string()).collect(),
+            running: series.iter().map(|(_, held)| count(held.running_count)).collect(),
+            vcpus: series.iter().map(|(_, held)| count(held.vcpus)).collect(),
+            memory_mb: series.iter().map(|(_, held)| count(held.memory_mb)).collect(),
+        },
+    }
+}
+
+pub(crate) fn usage(points: &[DayUse]) -> rest::Usage {
+    const MINUTE: f64 = 60_000.0;
+    let date = |point: Option<&DayUse>| point.map(|point| point.date.to_string()).unwrap_or_default();
+    rest::Usage {
+        from: date(points.first()),
+        to: date(points.last()),
+        points: points
+            .iter()
+            .map(
+                |DayUse {
+                     date,
+                     cpu_ms,
+                     ram_mb_ms,
+                 }| rest::UsagePoint {
+                    date: date.to_string(),
+                    cpu_minutes: *cpu_ms as f64 / MINUTE,
+                    ram_mb_minutes: *ram_mb_ms as f64 / MINUTE,
+                },
+            )
+            .collect(),
     }
 }
 

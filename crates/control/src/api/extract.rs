@@ -6,12 +6,14 @@ use std::time::Duration;
 use axum::Json;
 use axum::extract::{ConnectInfo, FromRequest, FromRequestParts, Path, Query, Request};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, header};
+use axum::http::{Extensions, HeaderMap, header};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
+use super::audit::ActorSlot;
 use super::error::ApiError;
-use crate::domain::{Host, Principal, Session};
+use crate::domain::around::{ActorType, AuditActor};
+use crate::domain::{Actor, Host, Principal, Session};
 use crate::service::Services;
 use crate::service::sandboxes::MAX_WAIT;
 use crate::{Error, ErrorCode};
@@ -45,10 +47,12 @@ impl FromRequestParts<Services> for Caller {
             .get("x-api-key")
             .and_then(|value| value.to_str().ok());
         let bearer = bearer(&parts.headers);
-        Ok(Self(match Realm::of(parts) {
+        let principal = match Realm::of(parts) {
             Realm::Team => services.authenticate(key, bearer).await?,
             Realm::Platform => services.authenticate_platform(bearer).await?,
-        }))
+        };
+        ActorSlot::note(&parts.extensions, principal.actor.into(), Some(principal.team));
+        Ok(Self(principal))
     }
 }
 
@@ -60,7 +64,10 @@ impl FromRequestParts<Services> for Signed {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
-        Ok(Self(services.authenticate_session(bearer(&parts.headers)).await?))
+        let session = services.authenticate_session(bearer(&parts.headers)).await?;
+        let team = session.team.map(|(team, _)| team);
+        ActorSlot::note(&parts.extensions, Actor::User(session.user).into(), team);
+        Ok(Self(session))
     }
 }
 
@@ -78,8 +85,22 @@ impl FromRequestParts<Services> for PlatformAdmin {
 
 /// The caller of a WebSocket: by API key, or not yet known. Browsers cannot set headers on a WebSocket,
 /// so the key may come in the first message; a key that is in a header has to be valid.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct SocketCaller(pub(crate) Option<Principal>, pub(crate) Realm);
+#[derive(Debug, Clone)]
+pub(crate) struct SocketCaller {
+    pub(crate) known: Option<Principal>,
+    pub(crate) realm: Realm,
+    /// Where the audit log waits to learn who it is.
+    slot: Option<ActorSlot>,
+}
+
+impl SocketCaller {
+    /// The client has said who it is, or has failed to.
+    pub(crate) fn identified(&self, principal: Option<&Principal>) {
+        if let Some(slot) = &self.slot {
+            slot.late(principal.map(|principal| (principal.actor.into(), principal.team)));
+        }
+    }
+}
 
 impl FromRequestParts<Services> for SocketCaller {
     type Rejection = ApiError;
@@ -90,10 +111,18 @@ impl FromRequestParts<Services> for SocketCaller {
             header::AUTHORIZATION,
         ];
         if !tried.iter().any(|name| parts.headers.contains_key(name)) {
-            return Ok(Self(None, Realm::of(parts)));
+            return Ok(Self {
+                known: None,
+                realm: Realm::of(parts),
+                slot: parts.extensions.get().cloned(),
+            });
         }
         let Caller(principal) = Caller::from_request_parts(parts, services).await?;
-        Ok(Self(Some(principal), Realm::of(parts)))
+        Ok(Self {
+            known: Some(principal),
+            realm: Realm::of(parts),
+            slot: None,
+        })
     }
 }
 
@@ -105,7 +134,13 @@ impl FromRequestParts<Services> for Agent {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
-        Ok(Self(services.authenticate_host(bearer(&parts.headers)).await?))
+        let host = services.authenticate_host(bearer(&parts.headers)).await?;
+        let actor = AuditActor {
+            kind: ActorType::System,
+            id: Some(host.id.to_string()),
+        };
+        ActorSlot::note(&parts.extensions, actor, None);
+        Ok(Self(host))
     }
 }
 
@@ -114,24 +149,29 @@ impl FromRequestParts<Services> for Agent {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct ClientAddress(pub(crate) Option<IpAddr>);
 
+impl ClientAddress {
+    /// The address behind a request's head.
+    pub(crate) fn of(extensions: &Extensions, headers: &HeaderMap, services: &Services) -> Self {
+        let Some(ConnectInfo(peer)) = extensions.get::<ConnectInfo<SocketAddr>>() else {
+            return Self(None);
+        };
+        let forwarded = headers
+            .get_all("x-forwarded-for")
+            .iter()
+            .filter_map(|value| value.to_str().ok());
+        Self(Some(super::address::client(
+            peer.ip(),
+            forwarded,
+            &services.config.trusted_proxies,
+        )))
+    }
+}
+
 impl FromRequestParts<Services> for ClientAddress {
     type Rejection = std::convert::Infallible;
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, Self::Rejection> {
-        let Some(ConnectInfo(peer)) = parts.extensions.get::<ConnectInfo<SocketAddr>>() else {
-            return Ok(Self(None));
-        };
-        let forwarded: Vec<&str> = parts
-            .headers
-            .get_all("x-forwarded-for")
-            .iter()
-            .filter_map(|value| value.to_str().ok())
-            .collect();
-        Ok(Self(Some(super::address::client(
-            peer.ip(),
-            forwarded.into_iter(),
-            &services.config.trusted_proxies,
-        ))))
+        Ok(Self::of(&parts.extensions, &parts.headers, services))
     }
 }
 

@@ -4,12 +4,15 @@ mod accounts;
 mod address;
 mod admin;
 mod around;
+mod audit;
+mod channels;
 mod convert;
 mod error;
 mod events;
 mod extract;
 mod files;
 mod hosts;
+mod idempotency;
 mod meta;
 mod openapi;
 mod processes;
@@ -37,6 +40,8 @@ pub use openapi::openapi_yaml;
 fn sandbox_routes() -> OpenApiRouter<Services> {
     OpenApiRouter::new()
         .routes(routes!(sandboxes::create, sandboxes::list))
+        .routes(routes!(around::stats))
+        .routes(routes!(around::usage))
         .routes(routes!(sandboxes::get, sandboxes::destroy))
         .routes(routes!(sandboxes::ping))
         .routes(routes!(sandboxes::pause))
@@ -95,8 +100,16 @@ pub(crate) fn router(services: Services, extensions: &Extensions) -> Router {
         .method_not_allowed_fallback(wrong_method)
         // Bodies are limited where they are read: JSON by the extractor, uploads by the service.
         .layer(DefaultBodyLimit::disable())
+        .layer(axum::middleware::from_fn_with_state(
+            services.clone(),
+            idempotency::once,
+        ))
         .layer(axum::middleware::from_fn(meta::observe))
         .layer(CatchPanicLayer::custom(panicked))
+        .layer(axum::middleware::from_fn_with_state(
+            services.clone(),
+            audit::record,
+        ))
         .with_state(services.clone());
     for extension in extensions.iter() {
         router = extension.wrap(&services, router);

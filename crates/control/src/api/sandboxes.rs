@@ -43,7 +43,8 @@ async fn answer(
 /// Create a sandbox.
 ///
 /// Answers at once; the sandbox starts in the background. With `wait`, answers when it runs or has failed.
-#[utoipa::path(post, path = "", tag = "sandboxes", params(Wait), security(("api_key" = []), ("session" = [])),
+#[utoipa::path(post, path = "", tag = "sandboxes", params(Wait,
+    ("Idempotency-Key" = Option<String>, Header, description = "Repeated under one key within a day, it happens once")), security(("api_key" = []), ("session" = [])),
     request_body = CreateSandbox, responses(
     (status = 201, body = Sandbox, description = "Settled within `wait`; look at `status`"),
     (status = 202, body = Sandbox, description = "Accepted"),
@@ -51,7 +52,7 @@ async fn answer(
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
     (status = 403, body = ErrorBody, description = "`forbidden`: a session in no active team"),
     (status = 404, body = ErrorBody, description = "`not_found`: no such template"),
-    (status = 409, body = ErrorBody, description = "`invalid_state`: the template is not ready"),
+    (status = 409, body = ErrorBody, description = "`invalid_state`: the template is not ready; `conflict`: the `Idempotency-Key` was used otherwise, or is in use"),
     (status = 413, body = ErrorBody, description = "`payload_too_large`"),
     (status = 503, body = ErrorBody, description = "`no_capacity`")))]
 pub(crate) async fn create(

@@ -23,7 +23,8 @@ pub(crate) struct SnapshotParams {
 /// Make a template from a running or paused sandbox; the sandbox goes on as it was.
 ///
 /// Answers when the template is ready, or after 60 s (or `wait`) with the template still building.
-#[utoipa::path(post, path = "/v1/snapshots", tag = "templates", params(SnapshotParams, Wait), security(("api_key" = []), ("session" = [])),
+#[utoipa::path(post, path = "/v1/snapshots", tag = "templates", params(SnapshotParams, Wait,
+    ("Idempotency-Key" = Option<String>, Header, description = "Repeated under one key within a day, it happens once")), security(("api_key" = []), ("session" = [])),
     request_body = CreateSnapshot, responses(
     (status = 201, body = Template, description = "Ready"),
     (status = 202, body = Template, description = "Still building"),

@@ -2,7 +2,11 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::around::{ChannelEvent, ChannelEventKind};
 use super::{Millis, SandboxStatus, TeamId};
+
+/// The first half of the ids under which channels tell events; the second is the event's place.
+const CHANNEL_IDS: u64 = 0x0077_7265_6e6e_6576;
 
 /// What happened. The words are those of the stream (`GET /v1/events/stream`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -176,29 +180,41 @@ pub(crate) struct StateEvent {
 }
 
 impl StateEvent {
-    /// The word that notification channels subscribe to, if they can.
-    #[expect(dead_code, reason = "the channels' handler reads it")]
-    pub(crate) fn notification(&self) -> Option<&'static str> {
-        match self.kind {
+    /// The event as notification channels tell it, if they do. Told again, it has the same id.
+    pub(crate) fn notification(&self) -> Option<ChannelEvent> {
+        let kind = match self.kind {
             EventKind::SandboxCreate
             | EventKind::SandboxPause
             | EventKind::SandboxResume
             | EventKind::SandboxDestroy
             | EventKind::SandboxChanged => match self.payload.to? {
-                SandboxStatus::Pending => Some("capsule.created"),
+                SandboxStatus::Pending => ChannelEventKind::CapsuleCreated,
                 // Back from a snapshot or from being out of reach is no news of this kind.
-                SandboxStatus::Running if self.kind != EventKind::SandboxChanged => Some("capsule.running"),
-                SandboxStatus::Paused => Some("capsule.paused"),
-                SandboxStatus::Stopped => Some("capsule.destroyed"),
-                _ => None,
+                SandboxStatus::Running if self.kind != EventKind::SandboxChanged => {
+                    ChannelEventKind::CapsuleRunning
+                }
+                SandboxStatus::Paused => ChannelEventKind::CapsulePaused,
+                SandboxStatus::Stopped => ChannelEventKind::CapsuleDestroyed,
+                _ => return None,
             },
-            EventKind::SnapshotCreate => {
-                (self.outcome == Some(EventOutcome::Success)).then_some("template.snapshot.created")
+            EventKind::SnapshotCreate if self.outcome == Some(EventOutcome::Success) => {
+                ChannelEventKind::SnapshotCreated
             }
-            EventKind::SnapshotDelete => Some("template.snapshot.deleted"),
-            EventKind::HostUp => Some("host.up"),
-            EventKind::HostDown => Some("host.down"),
-        }
+            EventKind::SnapshotCreate => return None,
+            EventKind::SnapshotDelete => ChannelEventKind::SnapshotDeleted,
+            EventKind::HostUp => ChannelEventKind::HostUp,
+            EventKind::HostDown => ChannelEventKind::HostDown,
+        };
+        Some(ChannelEvent {
+            // Places are unique in an installation, and a channel hears of one installation.
+            id: uuid::Uuid::from_u64_pair(CHANNEL_IDS, self.seq.unsigned_abs()),
+            team: self.team,
+            kind,
+            resource_type: self.kind.resource_type().to_owned(),
+            resource_id: self.resource.clone(),
+            at: self.at,
+            details: serde_json::to_value(&self.payload).unwrap_or_default(),
+        })
     }
 }
 

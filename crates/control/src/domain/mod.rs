@@ -5,13 +5,14 @@
 //! the middle by accident.
 
 pub mod account;
+pub mod around;
 pub(crate) mod event;
 pub mod lifecycle;
 pub mod membership;
 
 use std::collections::BTreeMap;
 
-pub use wrenn_proto::id::{HostId, KeyId, SandboxId, TeamId, TemplateId, UserId};
+pub use wrenn_proto::id::{AuditId, ChannelId, HostId, KeyId, SandboxId, TeamId, TemplateId, UserId};
 pub use wrenn_proto::rest::{SandboxStatus, TemplateKind, TemplateStatus};
 
 /// Milliseconds since the Unix epoch.

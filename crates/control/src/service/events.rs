@@ -52,6 +52,9 @@ impl Services {
             self.bus.publish_here(Event::Sandbox(sandbox));
         }
         self.take_up_forsaken(event).await?;
+        if let Some(told) = event.notification() {
+            self.channels_on_event(&told).await?;
+        }
         metrics::counter!("wrenn_events_consumed_total", "kind" => event.kind.as_str()).increment(1);
         Ok(())
     }

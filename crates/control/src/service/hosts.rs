@@ -7,6 +7,7 @@ use wrenn_proto::rest::{
 
 use super::Services;
 use crate::auth;
+use crate::domain::around::AuditEntry;
 use crate::domain::lifecycle::{HostState, Source, Verdict, apply_report};
 use crate::domain::{Failure, Host, HostId, Millis, SandboxId, TemplateId, now};
 use crate::events::Event;
@@ -233,6 +234,16 @@ impl Services {
                     }
                     if self.settle(&record, change).await? == Outcome::Updated {
                         tracing::info!(sandbox = %id, %status, reason = rpc::text(&event.reason), "changed on its host");
+                        self.audit(AuditEntry::system(
+                            Some(record.team),
+                            match status {
+                                SandboxStatus::Paused => "sandbox.auto_pause",
+                                SandboxStatus::Error => "sandbox.fail",
+                                _ => "sandbox.follow_host",
+                            },
+                            "sandbox",
+                            id,
+                        ));
                     }
                 }
                 Verdict::Agrees => {}

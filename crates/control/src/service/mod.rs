@@ -5,12 +5,17 @@
 pub(crate) mod access;
 pub(crate) mod accounts;
 pub(crate) mod admin;
+pub(crate) mod around;
+pub(crate) mod audit;
 pub(crate) mod bootstrap;
+pub(crate) mod channels;
 pub(crate) mod deletion;
+pub(crate) mod deliver;
 mod drive;
 pub(crate) mod events;
 pub(crate) mod files;
 pub(crate) mod hosts;
+pub(crate) mod idempotency;
 pub(crate) mod keys;
 mod leader;
 pub(crate) mod monitor;
@@ -18,6 +23,7 @@ pub(crate) mod processes;
 pub(crate) mod sandboxes;
 pub(crate) mod teams;
 pub(crate) mod templates;
+pub(crate) mod usage;
 pub(crate) mod validate;
 
 use std::collections::HashMap;
@@ -59,6 +65,7 @@ pub struct Inner {
     /// Deleted teams that are being emptied.
     purging: deletion::Purging,
     accounts: accounts::Accounts,
+    pub(crate) around: around::Around,
     pool: Pool,
     scheduler: Scheduler,
     /// Decisions that a task of this process carries at the moment, and whether they were asked for again since.
@@ -105,6 +112,7 @@ impl Services {
                 leadership: leader::Leadership::new(instance),
                 known_keys: keys::KnownKeys::default(),
                 purging: deletion::Purging::default(),
+                around: around::Around::default(),
                 pool: Pool::new(),
                 scheduler: Scheduler::default(),
                 driven: Mutex::default(),

@@ -11,6 +11,7 @@ use wrenn_proto::hostagent;
 use super::Services;
 use super::drive::{lost, millis};
 use crate::Result;
+use crate::domain::around::AuditEntry;
 use crate::domain::lifecycle::{GO_MISSING, Source, Verdict, apply_report};
 use crate::domain::{Host, HostStatus, Sandbox, SandboxStatus, now};
 use crate::events::Event;
@@ -71,6 +72,7 @@ impl Services {
         for host in self.store.hosts_fall_silent(now() - silence).await? {
             tracing::warn!(%host, "a host fell silent");
             self.bus.publish(Event::Outbox);
+            self.audit(AuditEntry::system(None, "host.unreachable", "host", host));
             pass.hosts_lost += 1;
         }
         // Also hosts that fell silent in an earlier pass that did not get further.
@@ -133,6 +135,12 @@ impl Services {
         for record in &records {
             let report = reports.iter().find(|report| report.id == Some(record.id));
             if self.correct(record, report).await? {
+                self.audit(AuditEntry::system(
+                    Some(record.team),
+                    "sandbox.reconcile",
+                    "sandbox",
+                    record.id,
+                ));
                 pass.sandboxes_corrected += 1;
             }
         }
@@ -147,6 +155,7 @@ impl Services {
             ) {
                 continue;
             }
+            let team = record.as_ref().map(|record| record.team);
             let generation = record
                 .map_or(report.generation, |record| record.generation)
                 .max(report.generation);
@@ -156,7 +165,10 @@ impl Services {
                 ..Default::default()
             };
             match client.destroy_sandbox_with_options(request, self.short()).await {
-                Ok(_) => pass.orphans_destroyed += 1,
+                Ok(_) => {
+                    pass.orphans_destroyed += 1;
+                    self.audit(AuditEntry::system(team, "sandbox.destroy_orphan", "sandbox", id));
+                }
                 Err(error) => tracing::warn!(sandbox = %id, %error, "an orphan stays for now"),
             }
         }

@@ -54,27 +54,11 @@ table!(email_token, "email_tokens", {
     pub used_at: Option<i64>,
 });
 
-table!(admin_permission, "admin_permissions", {
-    #[sea_orm(primary_key, auto_increment = false)]
-    pub user_id: Uuid,
-    #[sea_orm(primary_key, auto_increment = false)]
-    pub permission: String,
-    pub granted_by: Option<Uuid>,
-    pub created_at: i64,
-});
-
 table!(rate_limit, "rate_limits", {
     #[sea_orm(primary_key, auto_increment = false)]
     pub bucket: String,
     pub hits: i32,
     pub window_ends_at: i64,
-});
-
-table!(setting, "settings", {
-    #[sea_orm(primary_key, auto_increment = false)]
-    pub name: String,
-    pub value: Option<String>,
-    pub updated_at: i64,
 });
 
 table!(team, "teams", {
@@ -246,5 +230,60 @@ table!(lease, "leases", {
     #[sea_orm(primary_key, auto_increment = false)]
     pub name: String,
     pub holder: Uuid,
+    pub expires_at: i64,
+});
+
+table!(audit_log, "audit_logs", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub team_id: Option<Uuid>,
+    pub actor_type: String,
+    pub actor_id: Option<String>,
+    pub action: String,
+    pub resource_type: String,
+    pub resource_id: Option<String>,
+    pub status: Option<i32>,
+    pub outcome: String,
+    pub source_address: Option<String>,
+    pub created_at: i64,
+});
+
+table!(channel, "channels", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub team_id: Uuid,
+    pub name: String,
+    pub provider: String,
+    pub config: String,
+    pub events: String,
+    pub created_by: Option<Uuid>,
+    pub created_at: i64,
+    pub updated_at: i64,
+    pub delivered_at: Option<i64>,
+    pub failed_at: Option<i64>,
+    pub last_error: Option<String>,
+});
+
+table!(channel_delivery, "channel_deliveries", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub id: Uuid,
+    pub channel_id: Uuid,
+    pub event_id: Uuid,
+    pub event: String,
+    pub status: String,
+    pub attempts: i32,
+    pub next_at: i64,
+    pub last_error: Option<String>,
+    pub created_at: i64,
+});
+
+table!(idempotency_key, "idempotency_keys", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub scope: String,
+    pub request_hash: String,
+    pub claim: Uuid,
+    pub claim_ends_at: i64,
+    pub status: Option<i32>,
+    pub body: Option<String>,
     pub expires_at: i64,
 });

@@ -9,10 +9,13 @@
 
 mod accounts;
 pub(crate) mod admin;
+mod audit;
+mod channels;
 pub(crate) mod deletion;
 mod entity;
 mod events;
 mod hosts;
+mod idempotency;
 pub(crate) mod keys;
 mod leases;
 mod migration;
@@ -21,6 +24,7 @@ mod rate_limits;
 mod sandboxes;
 pub(crate) mod teams;
 mod templates;
+mod usage;
 mod users;
 
 use std::path::Path;
@@ -32,8 +36,12 @@ use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbE
 use crate::extension::Extensions;
 
 pub(crate) use accounts::NewTeamKey;
+pub(crate) use audit::AuditFilter;
+pub(crate) use channels::{Delivery, DeliveryEnd};
 pub(crate) use hosts::HostRegistration;
+pub(crate) use idempotency::ClaimTimes;
 pub(crate) use sandboxes::{Change, Guard, SandboxFilter};
+pub(crate) use usage::{DAY, Held};
 pub(crate) use users::{NewAccount, NewIdentity, SignUpOutcome};
 
 pub(crate) use migrations::Schema;

@@ -19,6 +19,11 @@ pub const DEADLINE: Duration = Duration::from_secs(100);
 /// All suites run a second time, in the binary of this name: there on PostgreSQL.
 const ON_POSTGRES: bool = matches!(env!("CARGO_CRATE_NAME").as_bytes(), b"postgres");
 
+/// A server of this test's own, where tests run on PostgreSQL.
+pub fn postgres() -> Option<Postgres> {
+    ON_POSTGRES.then(Postgres::start)
+}
+
 /// Passwords that are hashed at once.
 pub const CHEAP: PasswordCost = PasswordCost {
     memory_kib: 64,
@@ -88,7 +93,7 @@ impl World {
 
     /// With a registered host that has not sent a heartbeat yet.
     pub async fn cold() -> Self {
-        Self::cold_on(ON_POSTGRES.then(Postgres::start), None).await
+        Self::cold_on(postgres(), None).await
     }
 
     /// With the template ready, on these servers.

@@ -50,17 +50,17 @@ pub(super) fn upgrade(upgrade: Upgrade) -> ApiResult<WebSocketUpgrade> {
     (status = 404, body = ErrorBody, description = "`not_found`")))]
 pub(crate) async fn exec_stream(
     State(services): State<Services>,
-    SocketCaller(caller, realm): SocketCaller,
+    caller: SocketCaller,
     Segments(id): Segments<String>,
     socket: Upgrade,
 ) -> ApiResult<Response> {
-    if let Some(caller) = caller {
+    if let Some(caller) = caller.known {
         services.sandbox(caller, &id).await?;
     }
     let socket = upgrade(socket)?;
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
-        let caller = match identify(&services, caller, realm, &mut stream).await {
+        let caller = match identify(&services, &caller, &mut stream).await {
             Ok(caller) => caller,
             Err(error) => return fail(&mut sink, &error).await,
         };
@@ -113,18 +113,18 @@ pub(crate) async fn exec_stream(
     (status = 404, body = ErrorBody, description = "`not_found`")))]
 pub(crate) async fn process_stream(
     State(services): State<Services>,
-    SocketCaller(caller, realm): SocketCaller,
+    caller: SocketCaller,
     Segments((id, selector)): Segments<(String, String)>,
     socket: Upgrade,
 ) -> ApiResult<Response> {
     let selector = Selector::parse(&selector)?;
-    if let Some(caller) = caller {
+    if let Some(caller) = caller.known {
         services.sandbox(caller, &id).await?;
     }
     let socket = upgrade(socket)?;
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
-        let caller = match identify(&services, caller, realm, &mut stream).await {
+        let caller = match identify(&services, &caller, &mut stream).await {
             Ok(caller) => caller,
             Err(error) => return fail(&mut sink, &error).await,
         };

@@ -19,6 +19,7 @@ use futures::{SinkExt, StreamExt};
 use serde::Deserialize;
 use wrenn_proto::rest::{ClientFrame, ServerFrame};
 
+use super::extract::SocketCaller;
 use crate::Error;
 use crate::api::extract::Realm;
 use crate::domain::Principal;
@@ -123,11 +124,10 @@ enum AuthFrame {
 /// Who the client is: known from the headers, or told now in the first message.
 pub(super) async fn identify(
     services: &Services,
-    caller: Option<Principal>,
-    realm: Realm,
+    caller: &SocketCaller,
     stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
 ) -> Result<Principal, Error> {
-    if let Some(caller) = caller {
+    if let Some(caller) = caller.known {
         return Ok(caller);
     }
     let message = tokio::time::timeout(FIRST_FRAME, stream.next()).await;
@@ -138,10 +138,12 @@ pub(super) async fn identify(
         },
         _ => (None, None),
     };
-    match realm {
+    let principal = match caller.realm {
         Realm::Team => services.authenticate(key.as_deref(), token.as_deref()).await,
         Realm::Platform => services.authenticate_platform(token.as_deref()).await,
-    }
+    };
+    caller.identified(principal.as_ref().ok());
+    principal
 }
 
 /// The first frame, which has to come in time and be JSON.

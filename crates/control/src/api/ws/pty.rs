@@ -74,13 +74,13 @@ type Upgrade = Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketU
     (status = 404, body = ErrorBody, description = "`not_found`")))]
 pub(crate) async fn pty(
     State(services): State<Services>,
-    SocketCaller(caller, realm): SocketCaller,
+    caller: SocketCaller,
     Segments(id): Segments<String>,
     Params(PtyParams { encoding }): Params<PtyParams>,
     headers: HeaderMap,
     socket: Upgrade,
 ) -> ApiResult<Response> {
-    if let Some(caller) = caller {
+    if let Some(caller) = caller.known {
         services.sandbox(caller, &id).await?;
     }
     let socket = upgrade(socket)?;
@@ -91,7 +91,7 @@ pub(crate) async fn pty(
     let encoding = encoding.or_else(|| (!agent.starts_with("python-httpx")).then_some(Encoding::Binary));
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
-        let caller = match identify(&services, caller, realm, &mut stream).await {
+        let caller = match identify(&services, &caller, &mut stream).await {
             Ok(caller) => caller,
             Err(error) => return fail(&mut sink, &error).await,
         };

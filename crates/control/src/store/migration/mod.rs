@@ -10,6 +10,8 @@ mod m0001_initial;
 mod m0002_accounts;
 mod m0003_teams;
 mod m0004_events;
+mod m0005_audit_channels;
+mod m0006_metrics;
 mod m0007_verified_addresses;
 mod of_extension;
 
@@ -27,6 +29,8 @@ impl MigratorTrait for Migrator {
             Box::new(m0002_accounts::Accounts),
             Box::new(m0003_teams::Teams),
             Box::new(m0004_events::Events),
+            Box::new(m0005_audit_channels::AuditChannels),
+            Box::new(m0006_metrics::Metrics),
             Box::new(m0007_verified_addresses::VerifiedAddresses),
         ]
     }
