@@ -155,7 +155,6 @@ impl ControlPlane {
     }
 
     /// Starts with a configuration.
-    #[must_use]
     pub fn builder(config: ControlConfig) -> ControlPlaneBuilder {
         ControlPlaneBuilder {
             config,
