@@ -10,6 +10,8 @@ mod accounts;
 mod api;
 #[path = "around.rs"]
 mod around;
+#[path = "authorisation.rs"]
+mod authorisation;
 #[path = "deletion.rs"]
 mod deletion;
 #[path = "events.rs"]
