@@ -50,6 +50,18 @@ fn the_document_is_complete() {
 }
 
 #[test]
+fn every_operation_has_a_name_of_its_own() {
+    let document = openapi_yaml().expect("a document");
+    let mut names = std::collections::BTreeSet::new();
+    for line in document.lines() {
+        if let Some(name) = line.trim().strip_prefix("operationId: ") {
+            assert!(names.insert(name.to_owned()), "two operations are called {name}");
+        }
+    }
+    assert!(names.len() > 50, "{names:?}");
+}
+
+#[test]
 fn every_error_code_is_explained() {
     let page = std::fs::read_to_string(root().join("docs/errors.md")).expect("the page");
     for code in ErrorCode::ALL {

@@ -18,7 +18,7 @@ use crate::service::Services;
 /// A webhook's requests carry `Wrenn-Timestamp` (Unix seconds) and `Wrenn-Signature`: `v1=` and the hex
 /// HMAC-SHA256, under the channel's secret, of timestamp, a dot, and the body. A secret that is made up here
 /// is shown this once. Owners and admins of the team may do this.
-#[utoipa::path(post, path = "/v1/channels", tag = "channels", security(("session" = [])),
+#[utoipa::path(post, operation_id = "create_channel", path = "/v1/channels", tag = "channels", security(("session" = [])),
     params(("Idempotency-Key" = Option<String>, Header, description = "Repeated under one key within a day, it happens once")),
     request_body = CreateChannel, responses(
     (status = 201, body = Channel),
@@ -48,7 +48,7 @@ pub(crate) struct ListParams {
 }
 
 /// List the team's notification channels, by name.
-#[utoipa::path(get, path = "/v1/channels", tag = "channels", params(ListParams), security(("session" = [])), responses(
+#[utoipa::path(get, operation_id = "list_channels", path = "/v1/channels", tag = "channels", params(ListParams), security(("session" = [])), responses(
     (status = 200, body = [Channel]),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
@@ -63,7 +63,7 @@ pub(crate) async fn list(
 }
 
 /// Send a test message now, through a channel of the team or through one to be.
-#[utoipa::path(post, path = "/v1/channels/test", tag = "channels", security(("session" = [])),
+#[utoipa::path(post, operation_id = "test_channel", path = "/v1/channels/test", tag = "channels", security(("session" = [])),
     request_body = TestChannel, responses(
     (status = 200, body = ChannelTested),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
@@ -80,7 +80,7 @@ pub(crate) async fn test(
 }
 
 /// Get a notification channel, with its secrets masked.
-#[utoipa::path(get, path = "/v1/channels/{id}", tag = "channels",
+#[utoipa::path(get, operation_id = "get_channel", path = "/v1/channels/{id}", tag = "channels",
     params(("id" = String, Path, description = "`chn-{uuid}`")), security(("session" = [])), responses(
     (status = 200, body = Channel),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
@@ -95,7 +95,7 @@ pub(crate) async fn get(
 }
 
 /// Change a notification channel's name and events.
-#[utoipa::path(patch, path = "/v1/channels/{id}", tag = "channels",
+#[utoipa::path(patch, operation_id = "update_channel", path = "/v1/channels/{id}", tag = "channels",
     params(("id" = String, Path, description = "`chn-{uuid}`")), security(("session" = [])),
     request_body = UpdateChannel, responses(
     (status = 200, body = Channel),
@@ -136,7 +136,7 @@ pub(crate) async fn configure(
 }
 
 /// Delete a notification channel; messages on their way to it are dropped.
-#[utoipa::path(delete, path = "/v1/channels/{id}", tag = "channels",
+#[utoipa::path(delete, operation_id = "delete_channel", path = "/v1/channels/{id}", tag = "channels",
     params(("id" = String, Path, description = "`chn-{uuid}`")), security(("session" = [])), responses(
     (status = 204, description = "Deleted"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),

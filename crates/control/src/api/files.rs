@@ -169,7 +169,7 @@ async fn download(services: &Services, caller: Principal, id: &str, body: FilePa
 }
 
 /// List a directory.
-#[utoipa::path(post, path = "/{id}/files/list", tag = "files",
+#[utoipa::path(post, operation_id = "list_files", path = "/{id}/files/list", tag = "files",
     params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])),
     request_body = FilePath, responses(
     (status = 200, body = FileList),

@@ -44,7 +44,7 @@ pub(crate) async fn exec(
 }
 
 /// List the processes that were started through the API and still run.
-#[utoipa::path(get, path = "/{id}/processes", tag = "processes",
+#[utoipa::path(get, operation_id = "list_processes", path = "/{id}/processes", tag = "processes",
     params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = ProcessList),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),

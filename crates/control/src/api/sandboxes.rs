@@ -43,7 +43,7 @@ async fn answer(
 /// Create a sandbox.
 ///
 /// Answers at once; the sandbox starts in the background. With `wait`, answers when it runs or has failed.
-#[utoipa::path(post, path = "", tag = "sandboxes", params(Wait,
+#[utoipa::path(post, operation_id = "create_sandbox", path = "", tag = "sandboxes", params(Wait,
     ("Idempotency-Key" = Option<String>, Header, description = "Repeated under one key within a day, it happens once")), security(("api_key" = []), ("session" = [])),
     request_body = CreateSandbox, responses(
     (status = 201, body = Sandbox, description = "Settled within `wait`; look at `status`"),
@@ -84,7 +84,7 @@ pub(crate) struct ListParams {
 /// List the team's sandboxes, newest first.
 ///
 /// Stopped ones are left out unless asked for by `status` or `all`.
-#[utoipa::path(get, path = "", tag = "sandboxes", params(ListParams), security(("api_key" = []), ("session" = [])), responses(
+#[utoipa::path(get, operation_id = "list_sandboxes", path = "", tag = "sandboxes", params(ListParams), security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = [Sandbox]),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
     (status = 401, body = ErrorBody, description = "`unauthorized`")))]
@@ -124,7 +124,7 @@ pub(crate) async fn list(
 /// Get a sandbox.
 ///
 /// With `wait`, answers when no operation is under way any more. Stopped sandboxes are still found.
-#[utoipa::path(get, path = "/{id}", tag = "sandboxes", params(("id" = String, Path, description = "`sb-{uuid}`"), Wait),
+#[utoipa::path(get, operation_id = "get_sandbox", path = "/{id}", tag = "sandboxes", params(("id" = String, Path, description = "`sb-{uuid}`"), Wait),
     security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = Sandbox),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
@@ -235,7 +235,7 @@ pub(crate) struct MetricsParams {
 }
 
 /// Get a sandbox's use of CPU, memory and disk.
-#[utoipa::path(get, path = "/{id}/metrics", tag = "sandboxes",
+#[utoipa::path(get, operation_id = "sandbox_metrics", path = "/{id}/metrics", tag = "sandboxes",
     params(("id" = String, Path, description = "`sb-{uuid}`"), MetricsParams), security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = Metrics),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),

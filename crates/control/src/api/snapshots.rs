@@ -23,7 +23,7 @@ pub(crate) struct SnapshotParams {
 /// Make a template from a running or paused sandbox; the sandbox goes on as it was.
 ///
 /// Answers when the template is ready, or after 60 s (or `wait`) with the template still building.
-#[utoipa::path(post, path = "/v1/snapshots", tag = "templates", params(SnapshotParams, Wait,
+#[utoipa::path(post, operation_id = "create_snapshot", path = "/v1/snapshots", tag = "templates", params(SnapshotParams, Wait,
     ("Idempotency-Key" = Option<String>, Header, description = "Repeated under one key within a day, it happens once")), security(("api_key" = []), ("session" = [])),
     request_body = CreateSnapshot, responses(
     (status = 201, body = Template, description = "Ready"),
@@ -61,7 +61,7 @@ pub(crate) struct ListParams {
 }
 
 /// List the team's templates and the platform's, newest first.
-#[utoipa::path(get, path = "/v1/snapshots", tag = "templates", params(ListParams), security(("api_key" = []), ("session" = [])), responses(
+#[utoipa::path(get, operation_id = "list_snapshots", path = "/v1/snapshots", tag = "templates", params(ListParams), security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = [Template]),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
     (status = 401, body = ErrorBody, description = "`unauthorized`")))]
@@ -88,7 +88,7 @@ pub(crate) async fn templates(
 }
 
 /// Delete one of the team's templates, by name or id.
-#[utoipa::path(delete, path = "/v1/snapshots/{name}", tag = "templates",
+#[utoipa::path(delete, operation_id = "delete_snapshot", path = "/v1/snapshots/{name}", tag = "templates",
     params(("name" = String, Path, description = "Name or `tpl-{uuid}`")), security(("api_key" = []), ("session" = [])), responses(
     (status = 204, description = "Deleted"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
