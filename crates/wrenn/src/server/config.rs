@@ -148,7 +148,7 @@ impl ControlArgs {
     /// The control plane's configuration.
     pub(crate) fn control_config(&self, data_dir: &std::path::Path) -> anyhow::Result<ControlConfig> {
         let Self {
-            listen: _,
+            listen,
             database_url,
             redis_url,
             secret_key,
@@ -168,6 +168,8 @@ impl ControlArgs {
                 anyhow::bail!("WRENN_PUBLIC_URL must be a URL such as https://wrenn.example.com");
             }
             config.public_url = Some(url.trim_end_matches('/').to_owned());
+        } else {
+            config.public_url = Some(format!("http://{listen}"));
         }
         accounts.apply(&mut config);
         Ok(config)

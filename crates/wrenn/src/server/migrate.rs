@@ -11,6 +11,11 @@ use super::config::{ControlArgs, DirArgs};
 pub(crate) struct MigrateArgs {
     #[command(subcommand)]
     what: What,
+}
+
+/// Which database.
+#[derive(Debug, Clone, Args)]
+struct Target {
     #[command(flatten)]
     dirs: DirArgs,
     #[command(flatten)]
@@ -20,22 +25,24 @@ pub(crate) struct MigrateArgs {
 #[derive(Debug, Clone, Subcommand)]
 enum What {
     /// Bring the schema up to date; of several at once, one does it and the others wait
-    Up,
+    Up(Box<Target>),
     /// Show which migrations the database has; changes nothing
-    Status,
+    Status(Box<Target>),
 }
 
 pub(super) async fn main(args: MigrateArgs, json: bool) -> anyhow::Result<()> {
-    let data_dir = args.dirs.data_dir();
-    let config = args.control.control_config(&data_dir)?;
-    let states = match args.what {
-        What::Up => {
+    let MigrateArgs { what } = args;
+    let (What::Up(target) | What::Status(target)) = &what;
+    let data_dir = target.dirs.data_dir();
+    let config = target.control.control_config(&data_dir)?;
+    let states = match what {
+        What::Up(_) => {
             super::up::prepare(&data_dir)?;
             ControlPlane::migrate(&config)
                 .await
                 .context("the schema was not changed")?
         }
-        What::Status => ControlPlane::migration_status(&config).await?,
+        What::Status(_) => ControlPlane::migration_status(&config).await?,
     };
     print!("{}", shown(&states, json)?);
     Ok(())
