@@ -14,6 +14,9 @@ use std::time::Duration;
 use sea_orm_migration::MigrationTrait;
 use utoipa_axum::router::OpenApiRouter;
 
+pub use crate::api::{
+    ApiError, ApiResult, Body, Caller, ClientAddress, Params, PlatformAdmin, Segments, Signed,
+};
 use crate::service::Services;
 use crate::tasks::TaskKind;
 use crate::{Error, Result};
@@ -40,7 +43,9 @@ pub trait Extension: Send + Sync + 'static {
         OpenApiRouter::new()
     }
 
-    /// Wraps the whole API, its own routes and other extensions' included; the last extension is outermost.
+    /// Wraps the whole API, its own routes and other extensions' included; the last extension is outermost. What it
+    /// refuses is in the audit log and in the metrics as other refusals are, provided that it adds layers to the router it
+    /// gets ([`axum::Router::layer`]) rather than another router around it.
     fn wrap(&self, services: &Services, router: axum::Router) -> axum::Router {
         let _ = services;
         router

@@ -21,6 +21,7 @@ pub mod extension;
 mod hosts;
 mod mail;
 mod service;
+pub mod services;
 mod store;
 mod tasks;
 
@@ -37,6 +38,7 @@ pub use service::bootstrap::{Bootstrap, HostToken};
 pub use service::events::RelayPass;
 pub use service::monitor::MonitorPass;
 pub use wrenn_proto::rest::Secret;
+pub use {axum, jiff, sea_orm, sea_orm_migration, utoipa, utoipa_axum};
 
 use domain::{HostId, TeamId, UserId};
 use extension::{Extension, Extensions};
