@@ -124,7 +124,8 @@ impl std::fmt::Debug for ControlPlane {
 }
 
 impl ControlPlane {
-    /// Brings a database's schema up to date without serving; returns where it stands then.
+    /// Brings a database's schema up to date without serving; returns where it stands then. Extensions' tables are
+    /// left alone: a program with extensions migrates them when it starts.
     ///
     /// # Errors
     /// The database cannot be opened or migrated, or is newer than this program.

@@ -294,7 +294,7 @@ async fn everything_works(postgres: Option<&Postgres>) {
         .flatten()
         .find(|entry| entry["action"] == "PUT /v1/billing/plan")
         .unwrap_or_else(|| panic!("no entry: {log}"));
-    assert_eq!(entry["actor"]["type"], "user", "{entry}");
+    assert_eq!(entry["actor_type"], "user", "{entry}");
 
     // A day's use, closed by the worker's own step, again and again.
     let (status, sandbox) = world
@@ -435,7 +435,7 @@ async fn everything_works(postgres: Option<&Postgres>) {
         .as_array()
         .into_iter()
         .flatten()
-        .filter(|entry| entry["action"] == "sandbox.create" && entry["actor"]["type"] == "api_key")
+        .filter(|entry| entry["action"] == "sandbox.create" && entry["actor_type"] == "api_key")
         .count();
     assert_eq!(refused, 2, "what the middleware refused is recorded: {log}");
     world
