@@ -2,7 +2,8 @@
 //!
 //! An extension brings routes, middleware around all routes, background workers, and tables with migrations of their
 //! own. All of them get [`Services`], which the built-in API itself stands on: they authenticate with the same
-//! extractors, act through the same business logic, and appear in the same OpenAPI document.
+//! extractors, act through the same business logic, and appear in the same OpenAPI document. The types of the methods
+//! are in [`services`](crate::services); the libraries whose types are in the trait are re-exported at the crate's root.
 //! `examples/billing` is one, and is tested with everything else.
 
 use std::collections::HashSet;
@@ -14,6 +15,9 @@ use std::time::Duration;
 use sea_orm_migration::MigrationTrait;
 use utoipa_axum::router::OpenApiRouter;
 
+pub use crate::api::{
+    ApiError, ApiResult, Body, Caller, ClientAddress, Params, PlatformAdmin, Segments, Signed,
+};
 use crate::service::Services;
 use crate::tasks::TaskKind;
 use crate::{Error, Result};
@@ -27,9 +31,9 @@ pub trait Extension: Send + Sync + 'static {
     /// change, since the record of its migrations is kept under it.
     fn name(&self) -> &'static str;
 
-    /// Its tables, oldest migration first, run after the control plane's own under the same lock. Their record is apart
-    /// from the control plane's, so that neither minds the other's versions. Table names should begin with the
-    /// extension's name.
+    /// Its tables, oldest migration first. They run when the program starts, after the control plane's own and under the
+    /// same lock; `wrenn migrate` does not know them. Their record is apart from the control plane's, so that neither
+    /// minds the other's versions. Table names should begin with the extension's name.
     fn migrations(&self) -> Vec<Box<dyn MigrationTrait>> {
         Vec::new()
     }
@@ -40,7 +44,9 @@ pub trait Extension: Send + Sync + 'static {
         OpenApiRouter::new()
     }
 
-    /// Wraps the whole API, its own routes and other extensions' included; the last extension is outermost.
+    /// Wraps the whole API, its own routes and other extensions' included; the last extension is outermost. What it
+    /// refuses is in the audit log and in the metrics as other refusals are, provided that it adds layers to the router it
+    /// gets ([`axum::Router::layer`]) rather than another router around it.
     fn wrap(&self, services: &Services, router: axum::Router) -> axum::Router {
         let _ = services;
         router

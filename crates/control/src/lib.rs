@@ -21,6 +21,7 @@ pub mod extension;
 mod hosts;
 mod mail;
 mod service;
+pub mod services;
 mod store;
 mod tasks;
 
@@ -37,6 +38,7 @@ pub use service::bootstrap::{Bootstrap, HostToken};
 pub use service::events::RelayPass;
 pub use service::monitor::MonitorPass;
 pub use wrenn_proto::rest::Secret;
+pub use {axum, jiff, sea_orm, sea_orm_migration, utoipa, utoipa_axum};
 
 use domain::{HostId, TeamId, UserId};
 use extension::{Extension, Extensions};
@@ -122,7 +124,8 @@ impl std::fmt::Debug for ControlPlane {
 }
 
 impl ControlPlane {
-    /// Brings a database's schema up to date without serving; returns where it stands then.
+    /// Brings a database's schema up to date without serving; returns where it stands then. Extensions' tables are
+    /// left alone: a program with extensions migrates them when it starts.
     ///
     /// # Errors
     /// The database cannot be opened or migrated, or is newer than this program.

@@ -9,9 +9,10 @@ use crate::{Error, ErrorCode};
 
 /// A service's failure on its way to the client.
 #[derive(Debug)]
-pub(crate) struct ApiError(pub(crate) Error);
+pub struct ApiError(pub Error);
 
-pub(crate) type ApiResult<T> = Result<T, ApiError>;
+/// What a handler returns.
+pub type ApiResult<T> = Result<T, ApiError>;
 
 impl From<Error> for ApiError {
     fn from(error: Error) -> Self {

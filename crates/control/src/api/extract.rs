@@ -36,7 +36,7 @@ impl Realm {
 
 /// The caller, by API key or session token; in the platform's realm a platform admin, acting for the platform team.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct Caller(pub(crate) Principal);
+pub struct Caller(pub Principal);
 
 impl FromRequestParts<Services> for Caller {
     type Rejection = ApiError;
@@ -58,7 +58,7 @@ impl FromRequestParts<Services> for Caller {
 
 /// The calling person, by session token.
 #[derive(Debug, Clone)]
-pub(crate) struct Signed(pub(crate) Session);
+pub struct Signed(pub Session);
 
 impl FromRequestParts<Services> for Signed {
     type Rejection = ApiError;
@@ -73,13 +73,15 @@ impl FromRequestParts<Services> for Signed {
 
 /// A platform admin, by session token.
 #[derive(Debug, Clone)]
-pub(crate) struct PlatformAdmin(pub(crate) Session);
+pub struct PlatformAdmin(pub Session);
 
 impl FromRequestParts<Services> for PlatformAdmin {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
-        Ok(Self(services.authenticate_admin(bearer(&parts.headers)).await?))
+        let session = services.authenticate_admin(bearer(&parts.headers)).await?;
+        ActorSlot::note(&parts.extensions, Actor::User(session.user).into(), None);
+        Ok(Self(session))
     }
 }
 
@@ -147,11 +149,11 @@ impl FromRequestParts<Services> for Agent {
 /// Where the request comes from: the connection's other end, or what trusted proxies say. `None` without a
 /// connection (a router that is called directly).
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct ClientAddress(pub(crate) Option<IpAddr>);
+pub struct ClientAddress(pub Option<IpAddr>);
 
 impl ClientAddress {
     /// The address behind a request's head.
-    pub(crate) fn of(extensions: &Extensions, headers: &HeaderMap, services: &Services) -> Self {
+    pub fn of(extensions: &Extensions, headers: &HeaderMap, services: &Services) -> Self {
         let Some(ConnectInfo(peer)) = extensions.get::<ConnectInfo<SocketAddr>>() else {
             return Self(None);
         };
@@ -183,7 +185,7 @@ pub(super) fn bearer(headers: &HeaderMap) -> Option<&str> {
 
 /// A JSON body within the limit, whatever its content type and transfer encoding. An empty body is `{}`.
 #[derive(Debug)]
-pub(crate) struct Body<T>(pub(crate) T);
+pub struct Body<T>(pub T);
 
 impl<T: DeserializeOwned> FromRequest<Services> for Body<T> {
     type Rejection = ApiError;
@@ -230,7 +232,7 @@ impl<T: DeserializeOwned> FromRequest<Services> for Body<T> {
 
 /// Path parameters. What cannot be decoded names nothing.
 #[derive(Debug)]
-pub(crate) struct Segments<T>(pub(crate) T);
+pub struct Segments<T>(pub T);
 
 impl<T: DeserializeOwned + Send> FromRequestParts<Services> for Segments<T> {
     type Rejection = ApiError;
@@ -245,7 +247,7 @@ impl<T: DeserializeOwned + Send> FromRequestParts<Services> for Segments<T> {
 
 /// Query parameters.
 #[derive(Debug)]
-pub(crate) struct Params<T>(pub(crate) T);
+pub struct Params<T>(pub T);
 
 impl<T: DeserializeOwned> FromRequestParts<Services> for Params<T> {
     type Rejection = ApiError;

@@ -33,7 +33,8 @@ use crate::extension::Extensions;
 use crate::service::Services;
 use crate::{Error, ErrorCode};
 
-pub(crate) use error::ApiError;
+pub use error::{ApiError, ApiResult};
+pub use extract::{Body, Caller, ClientAddress, Params, PlatformAdmin, Segments, Signed};
 pub use openapi::openapi_yaml;
 
 /// Routes of one sandbox collection; mounted under two names.
@@ -104,17 +105,15 @@ pub(crate) fn router(services: Services, extensions: &Extensions) -> Router {
             services.clone(),
             idempotency::once,
         ))
-        .layer(axum::middleware::from_fn(meta::observe))
-        .layer(CatchPanicLayer::custom(panicked))
-        .layer(axum::middleware::from_fn_with_state(
-            services.clone(),
-            audit::record,
-        ))
         .with_state(services.clone());
     for extension in extensions.iter() {
         router = extension.wrap(&services, router);
     }
+    // Outside of the extensions' middleware: what it refuses is logged and counted, and its panics are caught.
     router
+        .layer(axum::middleware::from_fn(meta::observe))
+        .layer(CatchPanicLayer::custom(panicked))
+        .layer(axum::middleware::from_fn_with_state(services, audit::record))
 }
 
 async fn unknown_route(uri: Uri) -> ApiError {

@@ -13,11 +13,8 @@ use wrenn_proto::rest::{
 
 use super::error::ApiResult;
 use super::extract::{Body, Params, Segments, Signed};
-use crate::Result;
-use crate::domain::{KeyId, Role, TeamId, UserId, timestamp};
+use crate::domain::{Role, team, timestamp};
 use crate::service::Services;
-use crate::store::keys::KeyRow;
-use crate::store::teams::{MemberRow, TeamRow, role};
 
 pub(super) fn routes() -> OpenApiRouter<Services> {
     OpenApiRouter::new()
@@ -59,21 +56,21 @@ fn domain_role(role: TeamRole) -> Role {
     }
 }
 
-fn wire_key(row: KeyRow, key: Option<String>) -> ApiKey {
-    let KeyRow {
+fn wire_key(shown: team::ApiKey, key: Option<String>) -> ApiKey {
+    let team::ApiKey {
         id,
-        team_id,
+        team,
         name,
-        key_prefix,
+        prefix,
         created_at,
         last_used,
         creator_email,
-    } = row;
+    } = shown;
     ApiKey {
-        id: KeyId(id).to_string(),
-        team_id: TeamId(team_id).to_string(),
+        id: id.to_string(),
+        team_id: team.to_string(),
         name,
-        key_prefix,
+        key_prefix: prefix,
         created_at: timestamp(created_at),
         last_used: last_used.map(timestamp),
         creator_email,
@@ -81,38 +78,38 @@ fn wire_key(row: KeyRow, key: Option<String>) -> ApiKey {
     }
 }
 
-fn wire_team(row: TeamRow) -> Result<Team> {
-    let TeamRow {
+fn wire_team(shown: team::Team) -> Team {
+    let team::Team {
         id,
         name,
         slug,
+        role,
         created_at,
-        role: word,
-    } = row;
-    Ok(Team {
-        id: TeamId(id).to_string(),
+    } = shown;
+    Team {
+        id: id.to_string(),
         name,
         slug,
-        role: wire_role(role(&word)?),
+        role: wire_role(role),
         created_at: timestamp(created_at),
-    })
+    }
 }
 
-fn wire_member(row: MemberRow) -> Result<TeamMember> {
-    let MemberRow {
-        user_id,
+fn wire_member(shown: team::Member) -> TeamMember {
+    let team::Member {
+        user,
         name,
         email,
-        role: word,
+        role,
         joined_at,
-    } = row;
-    Ok(TeamMember {
-        user_id: UserId(user_id).to_string(),
+    } = shown;
+    TeamMember {
+        user_id: user.to_string(),
         name,
         email,
-        role: wire_role(role(&word)?),
+        role: wire_role(role),
         joined_at: timestamp(joined_at),
-    })
+    }
 }
 
 /// Create an API key for the session's team.
@@ -183,7 +180,7 @@ async fn create_team(
     Body(body): Body<CreateTeam>,
 ) -> ApiResult<(StatusCode, Json<Team>)> {
     let team = services.team_create(&session, &body.name).await?;
-    Ok((StatusCode::CREATED, Json(wire_team(team)?)))
+    Ok((StatusCode::CREATED, Json(wire_team(team))))
 }
 
 /// List the teams that you are in, newest first, with your role in each.
@@ -198,7 +195,7 @@ async fn list_teams(
     Params(PageParams { limit, before }): Params<PageParams>,
 ) -> ApiResult<Json<Vec<Team>>> {
     let teams = services.list_teams(&session, limit, before.as_deref()).await?;
-    Ok(Json(teams.into_iter().map(wire_team).collect::<Result<_>>()?))
+    Ok(Json(teams.into_iter().map(wire_team).collect()))
 }
 
 /// Get a team that you are in.
@@ -212,7 +209,7 @@ async fn get_team(
     Signed(session): Signed,
     Segments(id): Segments<String>,
 ) -> ApiResult<Json<Team>> {
-    Ok(Json(wire_team(services.team(&session, &id).await?)?))
+    Ok(Json(wire_team(services.team(&session, &id).await?)))
 }
 
 /// Rename a team; admins and owners may. Its slug stays.
@@ -232,7 +229,7 @@ async fn rename_team(
     Body(body): Body<RenameTeam>,
 ) -> ApiResult<Json<Team>> {
     let team = services.rename_team(&session, &id, &body.name).await?;
-    Ok(Json(wire_team(team)?))
+    Ok(Json(wire_team(team)))
 }
 
 /// Delete a team; owners may.
@@ -272,7 +269,7 @@ async fn add_member(
     Body(body): Body<AddTeamMember>,
 ) -> ApiResult<(StatusCode, Json<TeamMember>)> {
     let member = services.add_member(&session, &id, &body.email).await?;
-    Ok((StatusCode::CREATED, Json(wire_member(member)?)))
+    Ok((StatusCode::CREATED, Json(wire_member(member))))
 }
 
 /// List the members of a team that you are in, newest accounts first.
@@ -291,7 +288,7 @@ async fn list_members(
     let members = services
         .list_members(&session, &id, limit, before.as_deref())
         .await?;
-    Ok(Json(members.into_iter().map(wire_member).collect::<Result<_>>()?))
+    Ok(Json(members.into_iter().map(wire_member).collect()))
 }
 
 /// Change a member's role.
@@ -316,7 +313,7 @@ async fn change_member(
     let member = services
         .set_role(&session, &id, &uid, domain_role(body.role))
         .await?;
-    Ok(Json(wire_member(member)?))
+    Ok(Json(wire_member(member)))
 }
 
 /// Remove a member; admins and owners may, but only owners remove owners, and nobody the last one.

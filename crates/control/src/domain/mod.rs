@@ -9,6 +9,7 @@ pub mod around;
 pub(crate) mod event;
 pub mod lifecycle;
 pub mod membership;
+pub mod team;
 
 use std::collections::BTreeMap;
 
@@ -239,7 +240,7 @@ pub struct Host {
     /// Where the agent serves.
     pub address: String,
     /// What the control plane presents to the agent.
-    pub rpc_token: String,
+    pub(crate) rpc_token: String,
     /// Free MiB at the last heartbeat.
     pub memory_available_mb: u64,
     /// Free MiB at the last heartbeat.

@@ -15,7 +15,7 @@ impl Session {
     ///
     /// # Errors
     /// The user is in no team at the moment.
-    pub(crate) fn principal(&self) -> Result<Principal> {
+    pub fn principal(&self) -> Result<Principal> {
         let (team, _) = self.in_team()?;
         Ok(Principal {
             team,
@@ -27,7 +27,7 @@ impl Session {
     ///
     /// # Errors
     /// There is none at the moment.
-    pub(crate) fn in_team(&self) -> Result<(TeamId, Role)> {
+    pub fn in_team(&self) -> Result<(TeamId, Role)> {
         self.team.ok_or_else(|| {
             Error::new(
                 ErrorCode::Forbidden,
@@ -39,7 +39,7 @@ impl Session {
 
 impl Services {
     /// The team behind an API key.
-    pub(crate) async fn authenticate_key(&self, key: Option<&str>) -> Result<Principal> {
+    pub async fn authenticate_key(&self, key: Option<&str>) -> Result<Principal> {
         let denied = |message: &str| Error::new(ErrorCode::Unauthorized, message);
         let key = key.ok_or_else(|| denied("an API key is required in the header X-API-Key"))?;
         if key.len() > MAX_CREDENTIAL {
@@ -51,7 +51,7 @@ impl Services {
     }
 
     /// The person behind a session token, as the database knows them now.
-    pub(crate) async fn authenticate_session(&self, token: Option<&str>) -> Result<Session> {
+    pub async fn authenticate_session(&self, token: Option<&str>) -> Result<Session> {
         let denied = |message: &str| Error::new(ErrorCode::Unauthorized, message);
         let token = token.filter(|token| token.len() <= MAX_TOKEN).ok_or_else(|| {
             denied("log in first: a session token is required as `Authorization: Bearer …`")
@@ -75,7 +75,7 @@ impl Services {
     }
 
     /// The team behind an API key or a session; keys have a prefix of their own.
-    pub(crate) async fn authenticate(&self, key: Option<&str>, bearer: Option<&str>) -> Result<Principal> {
+    pub async fn authenticate(&self, key: Option<&str>, bearer: Option<&str>) -> Result<Principal> {
         let session = bearer.filter(|token| !token.starts_with(auth::API_KEY_PREFIX));
         match (key, session) {
             (None, Some(token)) => self.authenticate_session(Some(token)).await?.principal(),
@@ -84,7 +84,7 @@ impl Services {
     }
 
     /// The platform admin behind a session token.
-    pub(crate) async fn authenticate_admin(&self, token: Option<&str>) -> Result<Session> {
+    pub async fn authenticate_admin(&self, token: Option<&str>) -> Result<Session> {
         let session = self.authenticate_session(token).await?;
         if !session.platform_admin {
             return Err(Error::new(
@@ -96,7 +96,7 @@ impl Services {
     }
 
     /// A platform admin, acting for the platform's own team.
-    pub(crate) async fn authenticate_platform(&self, token: Option<&str>) -> Result<Principal> {
+    pub async fn authenticate_platform(&self, token: Option<&str>) -> Result<Principal> {
         let session = self.authenticate_admin(token).await?;
         Ok(Principal {
             team: TeamId::PLATFORM,
@@ -105,7 +105,7 @@ impl Services {
     }
 
     /// The host behind a bearer token.
-    pub(crate) async fn authenticate_host(&self, token: Option<&str>) -> Result<Host> {
+    pub async fn authenticate_host(&self, token: Option<&str>) -> Result<Host> {
         let denied = || Error::new(ErrorCode::Unauthorized, "a valid host token is required");
         let token = token
             .filter(|token| token.len() <= MAX_CREDENTIAL)

@@ -90,15 +90,18 @@ impl Buffer {
 
 /// Which part of the log to read.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct ListAudit {
-    pub(crate) filter: AuditFilter,
-    pub(crate) cursor: Option<String>,
-    pub(crate) limit: Option<u32>,
+pub struct ListAudit {
+    /// Which ones.
+    pub filter: AuditFilter,
+    /// Where the previous page ended.
+    pub cursor: Option<String>,
+    /// At most this many, 1 to 500; 100 when absent.
+    pub limit: Option<u32>,
 }
 
 impl Services {
     /// Notes an action. Returns at once and never fails.
-    pub(crate) fn audit(&self, mut entry: AuditEntry) {
+    pub fn audit(&self, mut entry: AuditEntry) {
         entry.resource_id = entry.resource_id.as_deref().map(clean);
         entry.action = clean(&entry.action);
         if let Err(reason) = self.around.audit.push(entry) {
@@ -141,7 +144,7 @@ impl Services {
     }
 
     /// A page of the log, newest first, and the cursor of the next one.
-    pub(crate) async fn audit_list(&self, list: ListAudit) -> Result<(Vec<AuditEntry>, Option<String>)> {
+    pub async fn audit_list(&self, list: ListAudit) -> Result<(Vec<AuditEntry>, Option<String>)> {
         let ListAudit {
             mut filter,
             cursor,

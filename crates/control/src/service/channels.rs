@@ -82,19 +82,18 @@ fn fields(provider: ChannelProvider) -> &'static [Field] {
 
 /// A channel with its configuration masked; `secret` only right after it was made up.
 #[derive(Debug)]
-pub(crate) struct ShownChannel {
-    pub(crate) channel: Channel,
-    pub(crate) config: ChannelConfig,
-    pub(crate) secret: Option<String>,
+pub struct ShownChannel {
+    /// The channel.
+    pub channel: Channel,
+    /// Its configuration, secrets masked.
+    pub config: ChannelConfig,
+    /// What it signs with; only in the answer that made it.
+    pub secret: Option<String>,
 }
 
 impl Services {
     /// Adds a channel.
-    pub(crate) async fn create_channel(
-        &self,
-        session: &Session,
-        body: CreateChannel,
-    ) -> Result<ShownChannel> {
+    pub async fn create_channel(&self, session: &Session, body: CreateChannel) -> Result<ShownChannel> {
         let team = managed(session)?;
         let CreateChannel {
             name,
@@ -139,7 +138,7 @@ impl Services {
     }
 
     /// A team's channels, by name.
-    pub(crate) async fn list_channels(
+    pub async fn list_channels(
         &self,
         session: &Session,
         after: Option<&str>,
@@ -160,14 +159,14 @@ impl Services {
     }
 
     /// One channel.
-    pub(crate) async fn get_channel(&self, session: &Session, id: &str) -> Result<ShownChannel> {
+    pub async fn get_channel(&self, session: &Session, id: &str) -> Result<ShownChannel> {
         let (team, _) = session.in_team()?;
         let channel = self.channel(team, id).await?;
         self.shown(channel)
     }
 
     /// Changes a channel's name and events.
-    pub(crate) async fn update_channel(
+    pub async fn update_channel(
         &self,
         session: &Session,
         id: &str,
@@ -194,7 +193,7 @@ impl Services {
     }
 
     /// Replaces a channel's configuration.
-    pub(crate) async fn reconfigure_channel(
+    pub async fn reconfigure_channel(
         &self,
         session: &Session,
         id: &str,
@@ -222,7 +221,7 @@ impl Services {
     }
 
     /// Removes a channel; what was on its way to it is dropped.
-    pub(crate) async fn delete_channel(&self, session: &Session, id: &str) -> Result<()> {
+    pub async fn delete_channel(&self, session: &Session, id: &str) -> Result<()> {
         let team = managed(session)?;
         let missing = || Error::not_found("channel", id);
         let parsed = id.parse().map_err(|_| missing())?;
@@ -233,7 +232,7 @@ impl Services {
     }
 
     /// Sends a test message now.
-    pub(crate) async fn test_channel(&self, session: &Session, body: TestChannel) -> Result<ChannelTested> {
+    pub async fn test_channel(&self, session: &Session, body: TestChannel) -> Result<ChannelTested> {
         let team = managed(session)?;
         let TestChannel {
             channel_id,
@@ -263,7 +262,7 @@ impl Services {
     }
 
     /// Puts an event on its way to the channels of its team that want it. Told twice, it is sent once.
-    pub(crate) async fn channels_on_event(&self, event: &ChannelEvent) -> Result<()> {
+    pub async fn channels_on_event(&self, event: &ChannelEvent) -> Result<()> {
         let channels = self
             .store
             .channels_of_team(event.team, None, MAX_CHANNELS * 2)

@@ -52,13 +52,13 @@ impl Drop for Claim<'_> {
 
 impl Services {
     /// An owner deletes their team.
-    pub(crate) async fn delete_team(&self, session: &Session, id: &str) -> Result<()> {
+    pub async fn delete_team(&self, session: &Session, id: &str) -> Result<()> {
         let team = id.parse().map_err(|_| Error::not_found("team", id))?;
         self.take_down(team, Some(session.user), id).await
     }
 
     /// A platform admin deletes a team.
-    pub(crate) async fn admin_delete_team(&self, admin: &Session, id: &str) -> Result<()> {
+    pub async fn admin_delete_team(&self, admin: &Session, id: &str) -> Result<()> {
         let team = id.parse().map_err(|_| Error::not_found("team", id))?;
         if team == TeamId::PLATFORM {
             return Err(Error::new(

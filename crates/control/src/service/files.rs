@@ -24,7 +24,7 @@ const CHUNK: usize = 256 * 1024;
 const DRAIN: u64 = 8 << 20;
 
 /// A file's bytes on their way out.
-pub(crate) struct FileStream {
+pub struct FileStream {
     first: Option<Bytes>,
     chunks: ServerStream<hyper::body::Incoming, ReadFileChunkView<'static>>,
 }
@@ -32,7 +32,7 @@ pub(crate) struct FileStream {
 impl Services {
     /// Writes a file from a stream. If the stream fails, the call to the host is cut short, not ended:
     /// half a file is never taken for a whole one.
-    pub(crate) async fn write_file(
+    pub async fn write_file(
         &self,
         principal: Principal,
         id: &str,
@@ -112,7 +112,7 @@ impl Services {
 
     /// Opens a file. Its first bytes are there when this returns, so a missing file is an error here and
     /// not in the middle of an answer.
-    pub(crate) async fn read_file(&self, principal: Principal, id: &str, path: String) -> Result<FileStream> {
+    pub async fn read_file(&self, principal: Principal, id: &str, path: String) -> Result<FileStream> {
         validate::path(&path)?;
         let (sandbox, client) = self.running(principal, id, "read a file of").await?;
         let request = hostagent::ReadFileRequest {
@@ -129,7 +129,7 @@ impl Services {
     }
 
     /// A directory's entries.
-    pub(crate) async fn list_dir(
+    pub async fn list_dir(
         &self,
         principal: Principal,
         id: &str,
@@ -154,7 +154,7 @@ impl Services {
     }
 
     /// Makes a directory with its parents.
-    pub(crate) async fn make_dir(
+    pub async fn make_dir(
         &self,
         principal: Principal,
         id: &str,
@@ -180,7 +180,7 @@ impl Services {
     }
 
     /// Removes a file, or a directory with what is in it.
-    pub(crate) async fn remove_path(&self, principal: Principal, id: &str, path: String) -> Result<()> {
+    pub async fn remove_path(&self, principal: Principal, id: &str, path: String) -> Result<()> {
         validate::path(&path)?;
         let (sandbox, client) = self.running(principal, id, "remove a file of").await?;
         let request = hostagent::RemovePathRequest {
@@ -211,7 +211,7 @@ impl FileStream {
     }
 
     /// The bytes. An error in the middle ends the stream with it.
-    pub(crate) fn into_stream(self) -> impl Stream<Item = Result<Bytes>> + Send + 'static {
+    pub fn into_stream(self) -> impl Stream<Item = Result<Bytes>> + Send + 'static {
         futures::stream::unfold(Some(self), |state| async move {
             let mut file = state?;
             let next = match file.first.take() {

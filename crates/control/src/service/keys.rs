@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 
 use super::{Services, validate};
 use crate::auth;
+use crate::domain::team::ApiKey;
 use crate::domain::{Actor, KeyId, Millis, Principal, Role, Session, TeamId, now};
-use crate::store::keys::KeyRow;
 use crate::{Error, Result};
 
 /// How long a looked-up key is known; counted from before the question, so that a revocation is effective within a second
@@ -138,7 +138,7 @@ impl Services {
     }
 
     /// Makes a key for the session's team; every member may. Returns its record and, this once, the secret.
-    pub(crate) async fn create_key(&self, session: &Session, name: &str) -> Result<(KeyRow, String)> {
+    pub async fn create_key(&self, session: &Session, name: &str) -> Result<(ApiKey, String)> {
         let (team, _) = session.in_team()?;
         let name = name.trim();
         if !(1..=MAX_NAME).contains(&name.chars().count()) || name.chars().any(char::is_control) {
@@ -153,11 +153,11 @@ impl Services {
             .key_create(team, session.user, name, &auth::hash(&key), prefix)
             .await?
             .ok_or_else(super::teams::team_gone)?;
-        let row = KeyRow {
-            id: id.0,
-            team_id: team.0,
+        let row = ApiKey {
+            id,
+            team,
             name: name.to_owned(),
-            key_prefix: prefix.to_owned(),
+            prefix: prefix.to_owned(),
             created_at,
             last_used: None,
             creator_email: Some(session.email.clone()),
@@ -166,19 +166,19 @@ impl Services {
     }
 
     /// The keys of the session's team, newest first.
-    pub(crate) async fn list_keys(
+    pub async fn list_keys(
         &self,
         session: &Session,
         limit: Option<u32>,
         before: Option<&str>,
-    ) -> Result<Vec<KeyRow>> {
+    ) -> Result<Vec<ApiKey>> {
         let (team, _) = session.in_team()?;
         let page = validate::page(limit, before)?;
         Ok(self.store.keys_of_team(team, page.limit, page.before).await?)
     }
 
     /// Revokes a key of the session's team: any as an admin or owner, one's own as a member.
-    pub(crate) async fn delete_key(&self, session: &Session, id: &str) -> Result<()> {
+    pub async fn delete_key(&self, session: &Session, id: &str) -> Result<()> {
         let missing = || Error::not_found("API key", id);
         let (team, role) = session.in_team()?;
         let key: KeyId = id.parse().map_err(|_| missing())?;

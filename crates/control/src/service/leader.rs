@@ -63,7 +63,7 @@ impl Leadership {
 
 impl Services {
     /// Whether the background passes are this instance's at the moment.
-    pub(crate) fn leads(&self) -> bool {
+    pub fn leads(&self) -> bool {
         !self.store.is_shared() || self.leadership.get()
     }
 

@@ -122,7 +122,7 @@ impl Services {
     }
 
     /// A sandbox of the caller's team.
-    pub(crate) async fn sandbox(&self, principal: Principal, id: &str) -> Result<Sandbox> {
+    pub async fn sandbox(&self, principal: Principal, id: &str) -> Result<Sandbox> {
         let missing = || Error::not_found("sandbox", id);
         let parsed: SandboxId = id.parse().map_err(|_| missing())?;
         self.store
@@ -177,6 +177,11 @@ impl Services {
     #[must_use]
     pub fn database(&self) -> &sea_orm::DatabaseConnection {
         self.store.database()
+    }
+
+    /// All hosts, and what they said of themselves last.
+    pub async fn hosts(&self) -> Result<Vec<crate::domain::Host>> {
+        Ok(self.store.hosts().await?)
     }
 
     /// Whether the database answers.

@@ -28,14 +28,19 @@ const MAX_COMMAND: usize = 512 * 1024;
 
 /// A process by its pid or its tag.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Selector {
+pub enum Selector {
+    /// By number.
     Pid(u32),
+    /// By the tag that it was started with.
     Tag(String),
 }
 
 impl Selector {
     /// Reads a path segment: digits are a pid, everything else is a tag.
-    pub(crate) fn parse(text: &str) -> Result<Self> {
+    ///
+    /// # Errors
+    /// The text can name no process.
+    pub fn parse(text: &str) -> Result<Self> {
         if text.is_empty() || text.len() > 256 || text.contains('\0') {
             return Err(Error::not_found("process", text));
         }
@@ -59,13 +64,19 @@ impl Selector {
 
 /// What to start.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct Spec {
-    pub(crate) cmd: String,
-    pub(crate) args: Vec<String>,
-    pub(crate) envs: BTreeMap<String, String>,
-    pub(crate) cwd: Option<String>,
-    pub(crate) user: Option<String>,
-    pub(crate) tag: Option<String>,
+pub struct Spec {
+    /// Program to run; looked up in the user's `PATH`.
+    pub cmd: String,
+    /// Its arguments.
+    pub args: Vec<String>,
+    /// Added to the sandbox's environment.
+    pub envs: BTreeMap<String, String>,
+    /// Where it starts.
+    pub cwd: Option<String>,
+    /// User to run as.
+    pub user: Option<String>,
+    /// Name by which to find it later.
+    pub tag: Option<String>,
 }
 
 impl Spec {
@@ -120,49 +131,78 @@ impl Spec {
 
 /// Where a program's standard input comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Input {
+pub enum Input {
     /// Nowhere: `/dev/null`.
     Nothing,
     /// The client, through a pipe.
     Pipe,
     /// The client, through a terminal.
-    Terminal { cols: u32, rows: u32 },
+    Terminal {
+        /// Width in characters.
+        cols: u32,
+        /// Height in lines.
+        rows: u32,
+    },
 }
 
 /// What an exec came to.
 #[derive(Debug, Clone)]
-pub(crate) enum ExecOutcome {
+pub enum ExecOutcome {
     /// It runs in the background.
-    Started { pid: u32, tag: String },
+    Started {
+        /// Its number.
+        pid: u32,
+        /// Its name.
+        tag: String,
+    },
     /// It ended.
     Ended {
+        /// What it wrote, 16 MiB at most.
         stdout: Vec<u8>,
+        /// What it wrote as errors, 16 MiB at most.
         stderr: Vec<u8>,
+        /// Its exit code.
         exit_code: i32,
+        /// How long it ran, in milliseconds.
         duration_ms: u64,
+        /// Whether it wrote more than is here.
         truncated: bool,
     },
 }
 
 /// What a followed process does.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum ProcessEvent {
-    Start { pid: u32, tag: String },
+pub enum ProcessEvent {
+    /// It runs.
+    Start {
+        /// Its number.
+        pid: u32,
+        /// Its name.
+        tag: String,
+    },
+    /// It wrote to its standard output.
     Stdout(Vec<u8>),
+    /// It wrote to its standard error.
     Stderr(Vec<u8>),
+    /// It wrote to its terminal.
     Pty(Vec<u8>),
-    Exit { exit_code: i32 },
+    /// It ended.
+    Exit {
+        /// Its exit code.
+        exit_code: i32,
+    },
+    /// Nothing; the connection lives.
     KeepAlive,
 }
 
 /// A followed process.
-pub(crate) struct ProcessStream {
+pub struct ProcessStream {
     events: ServerStream<hyper::body::Incoming, ProcessEventView<'static>>,
 }
 
 /// A running sandbox's process, to be fed and killed.
 #[derive(Clone)]
-pub(crate) struct ProcessHandle {
+pub struct ProcessHandle {
     client: Client,
     sandbox: SandboxId,
     selector: Selector,
@@ -171,12 +211,7 @@ pub(crate) struct ProcessHandle {
 
 impl Services {
     /// Runs a program, or starts it in the background.
-    pub(crate) async fn exec(
-        &self,
-        principal: Principal,
-        id: &str,
-        body: Exec,
-    ) -> Result<(SandboxId, ExecOutcome)> {
+    pub async fn exec(&self, principal: Principal, id: &str, body: Exec) -> Result<(SandboxId, ExecOutcome)> {
         let Exec {
             cmd,
             args,
@@ -251,7 +286,7 @@ impl Services {
     }
 
     /// Starts a program and follows it.
-    pub(crate) async fn start_process(
+    pub async fn start_process(
         &self,
         principal: Principal,
         id: &str,
@@ -293,7 +328,7 @@ impl Services {
     }
 
     /// Follows a process that runs already.
-    pub(crate) async fn connect_process(
+    pub async fn connect_process(
         &self,
         principal: Principal,
         id: &str,
@@ -320,7 +355,7 @@ impl Services {
     }
 
     /// Processes that were started through the API and still run.
-    pub(crate) async fn list_processes(
+    pub async fn list_processes(
         &self,
         principal: Principal,
         id: &str,
@@ -338,12 +373,7 @@ impl Services {
     }
 
     /// Kills a process and its group.
-    pub(crate) async fn kill_process(
-        &self,
-        principal: Principal,
-        id: &str,
-        selector: Selector,
-    ) -> Result<()> {
+    pub async fn kill_process(&self, principal: Principal, id: &str, selector: Selector) -> Result<()> {
         let (sandbox, client) = self.running(principal, id, "kill a process of").await?;
         let timeout = self.config.timings.short_rpc;
         ProcessHandle {
@@ -359,7 +389,7 @@ impl Services {
 
 impl ProcessStream {
     /// The next event; `None` at the end.
-    pub(crate) async fn next(&mut self) -> Result<Option<ProcessEvent>> {
+    pub async fn next(&mut self) -> Result<Option<ProcessEvent>> {
         loop {
             let message: Option<StreamMessage<hostagent::ProcessEvent>> =
                 self.events.message().await.map_err(rpc::error)?;
@@ -391,7 +421,7 @@ impl ProcessHandle {
     }
 
     /// Kills it and its group.
-    pub(crate) async fn kill(&self) -> Result<()> {
+    pub async fn kill(&self) -> Result<()> {
         let request = hostagent::SignalProcessRequest {
             sandbox_id: self.sandbox.to_string(),
             process: self.selector.wire().into(),
@@ -417,7 +447,7 @@ impl ProcessHandle {
     }
 
     /// Types into its terminal.
-    pub(crate) async fn input(&self, data: Vec<u8>) -> Result<()> {
+    pub async fn input(&self, data: Vec<u8>) -> Result<()> {
         let request = self.send_input(data, true, false);
         self.client
             .send_input_with_options(request, self.options())
@@ -427,7 +457,7 @@ impl ProcessHandle {
     }
 
     /// Writes to its standard input, for as long as it takes the program to read it.
-    pub(crate) async fn feed(&self, data: Vec<u8>) -> Result<()> {
+    pub async fn feed(&self, data: Vec<u8>) -> Result<()> {
         self.client
             .send_input(self.send_input(data, false, false))
             .await
@@ -436,7 +466,7 @@ impl ProcessHandle {
     }
 
     /// Ends its standard input.
-    pub(crate) async fn end_input(&self) -> Result<()> {
+    pub async fn end_input(&self) -> Result<()> {
         let request = self.send_input(Vec::new(), false, true);
         self.client
             .send_input_with_options(request, self.options())
@@ -446,7 +476,7 @@ impl ProcessHandle {
     }
 
     /// Changes its terminal's size.
-    pub(crate) async fn resize(&self, cols: u32, rows: u32) -> Result<()> {
+    pub async fn resize(&self, cols: u32, rows: u32) -> Result<()> {
         let request = hostagent::ResizePtyRequest {
             sandbox_id: self.sandbox.to_string(),
             process: self.selector.wire().into(),
@@ -461,7 +491,7 @@ impl ProcessHandle {
     }
 
     /// Resets the sandbox's inactivity clock, while somebody is at the terminal.
-    pub(crate) async fn ping(&self) -> Result<()> {
+    pub async fn ping(&self) -> Result<()> {
         let request = hostagent::PingSandboxRequest {
             sandbox_id: self.sandbox.to_string(),
             ..Default::default()

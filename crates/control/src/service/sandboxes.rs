@@ -22,26 +22,30 @@ const ACTIVE_RESOLUTION: Millis = 10_000;
 
 /// Which sandboxes to list.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct ListSandboxes {
-    pub(crate) statuses: Vec<SandboxStatus>,
-    pub(crate) all: bool,
-    pub(crate) limit: Option<u32>,
-    pub(crate) before: Option<String>,
+pub struct ListSandboxes {
+    /// Only those in one of these; in any when empty.
+    pub statuses: Vec<SandboxStatus>,
+    /// Those that ended as well.
+    pub all: bool,
+    /// At most this many, 1 to 1000; 1000 when absent.
+    pub limit: Option<u32>,
+    /// Only what is older than this one: the last id of the previous page.
+    pub before: Option<String>,
 }
 
 /// What a request came to.
 #[derive(Debug, Clone)]
-pub(crate) struct Accepted {
+pub struct Accepted {
     /// The record, with the decision in it.
-    pub(crate) sandbox: Sandbox,
+    pub sandbox: Sandbox,
     /// The decision's number: a failure with this number belongs to this request.
-    pub(crate) generation: u64,
+    pub generation: u64,
 }
 
 impl Services {
     /// Accepts a new sandbox: checks everything that can be checked, reserves the record, and lets the
     /// rest happen in the background.
-    pub(crate) async fn create_sandbox(&self, principal: Principal, body: CreateSandbox) -> Result<Accepted> {
+    pub async fn create_sandbox(&self, principal: Principal, body: CreateSandbox) -> Result<Accepted> {
         let CreateSandbox {
             template,
             vcpus,
@@ -101,11 +105,7 @@ impl Services {
     }
 
     /// A team's sandboxes, newest first.
-    pub(crate) async fn list_sandboxes(
-        &self,
-        principal: Principal,
-        list: ListSandboxes,
-    ) -> Result<Vec<Sandbox>> {
+    pub async fn list_sandboxes(&self, principal: Principal, list: ListSandboxes) -> Result<Vec<Sandbox>> {
         let ListSandboxes {
             statuses,
             all,
@@ -131,7 +131,7 @@ impl Services {
     }
 
     /// Accepts a change of a sandbox's life.
-    pub(crate) async fn request(&self, principal: Principal, id: &str, request: Request) -> Result<Accepted> {
+    pub async fn request(&self, principal: Principal, id: &str, request: Request) -> Result<Accepted> {
         self.request_with(principal, id, request, None).await
     }
 
@@ -193,7 +193,7 @@ impl Services {
     }
 
     /// Waits until nothing is under way any more, or the time is up, and returns the record as it is then.
-    pub(crate) async fn wait_settled(&self, sandbox: Sandbox, wait: Duration) -> Result<Sandbox> {
+    pub async fn wait_settled(&self, sandbox: Sandbox, wait: Duration) -> Result<Sandbox> {
         let id = sandbox.id;
         if !sandbox.status.is_transient() {
             return Ok(sandbox);
@@ -220,7 +220,7 @@ impl Services {
     }
 
     /// What became of a request that was waited for: the record, or the failure that belongs to it.
-    pub(crate) async fn outcome(&self, accepted: Accepted, wait: Duration) -> Result<Sandbox> {
+    pub async fn outcome(&self, accepted: Accepted, wait: Duration) -> Result<Sandbox> {
         let Accepted { sandbox, generation } = accepted;
         let settled = self.wait_settled(sandbox, wait).await?;
         // A sandbox in `error` is an answer of its own: the record says why.
@@ -236,7 +236,7 @@ impl Services {
     }
 
     /// Resets the inactivity clock.
-    pub(crate) async fn ping(&self, principal: Principal, id: &str) -> Result<()> {
+    pub async fn ping(&self, principal: Principal, id: &str) -> Result<()> {
         let (sandbox, client) = self.running(principal, id, "ping").await?;
         let request = hostagent::PingSandboxRequest {
             sandbox_id: sandbox.id.to_string(),
@@ -261,7 +261,7 @@ impl Services {
     }
 
     /// Samples since a moment, oldest first.
-    pub(crate) async fn metrics(
+    pub async fn metrics(
         &self,
         principal: Principal,
         id: &str,

@@ -3,8 +3,8 @@
 use super::bootstrap::new_slug;
 use super::{Services, validate};
 use crate::domain::membership::{MemberChange, Refused};
+use crate::domain::team::{Member, Team};
 use crate::domain::{Role, Session, TeamId, UserId};
-use crate::store::teams::{MemberRow, TeamRow};
 use crate::store::{self, Outcome};
 use crate::{Error, ErrorCode, Result};
 
@@ -89,7 +89,7 @@ where
 
 impl Services {
     /// Creates a team that the user owns.
-    pub(crate) async fn team_create(&self, session: &Session, name: &str) -> Result<TeamRow> {
+    pub async fn team_create(&self, session: &Session, name: &str) -> Result<Team> {
         let name = team_name(name)?;
         let (slug, created) = with_slug(new_slug, async |slug: String| {
             let created = self.store.team_create(name, &slug, session.user).await?;
@@ -98,22 +98,22 @@ impl Services {
         .await?;
         let (id, created_at) = created
             .ok_or_else(|| Error::new(ErrorCode::Unauthorized, "the session has ended; log in again"))?;
-        Ok(TeamRow {
-            id: id.0,
+        Ok(Team {
+            id,
             name: name.to_owned(),
             slug,
             created_at,
-            role: Role::Owner.as_str().to_owned(),
+            role: Role::Owner,
         })
     }
 
     /// The teams that the user is in, newest first.
-    pub(crate) async fn list_teams(
+    pub async fn list_teams(
         &self,
         session: &Session,
         limit: Option<u32>,
         before: Option<&str>,
-    ) -> Result<Vec<TeamRow>> {
+    ) -> Result<Vec<Team>> {
         let page = validate::page(limit, before)?;
         Ok(self
             .store
@@ -122,7 +122,7 @@ impl Services {
     }
 
     /// A team that the user is in.
-    pub(crate) async fn team(&self, session: &Session, id: &str) -> Result<TeamRow> {
+    pub async fn team(&self, session: &Session, id: &str) -> Result<Team> {
         self.store
             .team_of_user(team_id(id)?, session.user)
             .await?
@@ -130,7 +130,7 @@ impl Services {
     }
 
     /// Renames a team; admins and owners may.
-    pub(crate) async fn rename_team(&self, session: &Session, id: &str, name: &str) -> Result<TeamRow> {
+    pub async fn rename_team(&self, session: &Session, id: &str, name: &str) -> Result<Team> {
         let team = team_id(id)?;
         let name = team_name(name)?;
         match self
@@ -145,13 +145,13 @@ impl Services {
     }
 
     /// The members of a team that the user is in.
-    pub(crate) async fn list_members(
+    pub async fn list_members(
         &self,
         session: &Session,
         id: &str,
         limit: Option<u32>,
         before: Option<&str>,
-    ) -> Result<Vec<MemberRow>> {
+    ) -> Result<Vec<Member>> {
         let page = validate::page(limit, before)?;
         self.team(session, id).await?;
         Ok(self
@@ -161,11 +161,11 @@ impl Services {
     }
 
     /// Adds somebody who has an account to a team, as a member.
-    pub(crate) async fn add_member(&self, session: &Session, id: &str, address: &str) -> Result<MemberRow> {
+    pub async fn add_member(&self, session: &Session, id: &str, address: &str) -> Result<Member> {
         let team = team_id(id)?;
         // Before the address is looked up: only those who may add people learn who has an account here.
         let own = self.team(session, id).await?;
-        if store::teams::role(&own.role)? < Role::Admin {
+        if own.role < Role::Admin {
             return Err(refused(Refused::NeedsAdmin, id, ""));
         }
         let address = email(address)?;
@@ -183,13 +183,7 @@ impl Services {
     }
 
     /// Gives a member another role.
-    pub(crate) async fn set_role(
-        &self,
-        session: &Session,
-        id: &str,
-        member: &str,
-        role: Role,
-    ) -> Result<MemberRow> {
+    pub async fn set_role(&self, session: &Session, id: &str, member: &str, role: Role) -> Result<Member> {
         let (team, user) = (team_id(id)?, self.member_id(session, id, member).await?);
         self.change_member(session, team, user, MemberChange::SetRole(role), member)
             .await?;
@@ -200,14 +194,14 @@ impl Services {
     }
 
     /// Removes a member.
-    pub(crate) async fn remove_member(&self, session: &Session, id: &str, member: &str) -> Result<()> {
+    pub async fn remove_member(&self, session: &Session, id: &str, member: &str) -> Result<()> {
         let (team, user) = (team_id(id)?, self.member_id(session, id, member).await?);
         self.change_member(session, team, user, MemberChange::Remove, member)
             .await
     }
 
     /// The user goes.
-    pub(crate) async fn leave_team(&self, session: &Session, id: &str) -> Result<()> {
+    pub async fn leave_team(&self, session: &Session, id: &str) -> Result<()> {
         self.change_member(session, team_id(id)?, session.user, MemberChange::Leave, "")
             .await
     }
@@ -238,7 +232,7 @@ impl Services {
     }
 
     /// Active users whose address begins so.
-    pub(crate) async fn search_users(&self, prefix: &str) -> Result<Vec<(UserId, String)>> {
+    pub async fn search_users(&self, prefix: &str) -> Result<Vec<(UserId, String)>> {
         let prefix = prefix.trim().to_lowercase();
         if prefix.chars().count() < LEAST_PREFIX || prefix.len() > MAX_EMAIL || prefix.contains('\0') {
             return Err(Error::invalid(format!(
@@ -249,7 +243,7 @@ impl Services {
     }
 
     /// Creates an active user with a default team, for operators and tests.
-    pub(crate) async fn create_user(
+    pub async fn create_user(
         &self,
         address: &str,
         name: &str,
@@ -271,7 +265,7 @@ impl Services {
     }
 
     /// A session for a user in a team, or in the one that they work in by default; for operators and tests.
-    pub(crate) async fn issue_session(&self, user: UserId, team: Option<TeamId>) -> Result<String> {
+    pub async fn issue_session(&self, user: UserId, team: Option<TeamId>) -> Result<String> {
         let (name, version, default) = self
             .store
             .user_for_session(user)
@@ -285,7 +279,7 @@ impl Services {
                     .team_of_user(team, user)
                     .await?
                     .ok_or_else(|| Error::not_found("team", team))?;
-                Some((team, store::teams::role(&row.role)?))
+                Some((team, row.role))
             }
         };
         self.sessions.issue(user, &name, version, team)

@@ -72,7 +72,7 @@ impl Services {
     }
 
     /// What the team sees.
-    pub(crate) async fn list_templates(
+    pub async fn list_templates(
         &self,
         principal: Principal,
         kind: Option<TemplateKind>,
@@ -81,7 +81,7 @@ impl Services {
     }
 
     /// Makes a template from a sandbox and waits for it. Still building when the time is up.
-    pub(crate) async fn create_snapshot(
+    pub async fn create_snapshot(
         &self,
         principal: Principal,
         body: CreateSnapshot,
@@ -167,7 +167,7 @@ impl Services {
     }
 
     /// Removes a team's template by name or id.
-    pub(crate) async fn delete_snapshot(&self, principal: Principal, name: &str) -> Result<()> {
+    pub async fn delete_snapshot(&self, principal: Principal, name: &str) -> Result<()> {
         let missing = || Error::not_found("template", name);
         let template = self.find_template(principal, name).await?.ok_or_else(missing)?;
         if template.team != principal.team {
@@ -215,7 +215,7 @@ impl Services {
     }
 
     /// Points an alias at a platform template.
-    pub(crate) async fn set_template_alias(&self, alias: &str, template: &str) -> Result<()> {
+    pub async fn set_template_alias(&self, alias: &str, template: &str) -> Result<()> {
         validate::template_name(alias)?;
         validate::template_name(template)?;
         Ok(self.store.template_alias_set(alias, template).await?)

@@ -2,7 +2,7 @@
 
 use jiff::civil::Date;
 
-use super::Services;
+use super::{Services, validate};
 use crate::domain::{Millis, TeamId, now};
 use crate::store::{DAY, Held};
 use crate::{Error, Result};
@@ -17,13 +17,16 @@ const WIDTHS: [(Millis, Millis); 3] = [(10 * SECOND, 2 * HOUR), (5 * MINUTE, 2 *
 const PEAKS: Millis = 30 * DAY;
 /// Most days in one answer.
 const MAX_DAYS: i64 = 366;
+/// Most teams in one page of a day's use.
+const MAX_TEAMS: u32 = 1000;
 /// Days in an answer when nothing is said.
 const DAYS: i64 = 30;
 
 /// A range of a chart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Range {
-    pub(crate) word: &'static str,
+pub struct Range {
+    /// Its word: `5m`, `1h`, `6h`, `24h` or `30d`.
+    pub word: &'static str,
     length: Millis,
     step: Millis,
     /// The samples it is drawn from.
@@ -49,7 +52,10 @@ const fn range(word: &'static str, length: Millis, step: Millis, width: Millis) 
 
 impl Range {
     /// The range of a word; an hour when nothing is said.
-    pub(crate) fn parse(word: Option<&str>) -> Result<Self> {
+    ///
+    /// # Errors
+    /// There is no such range.
+    pub fn parse(word: Option<&str>) -> Result<Self> {
         let word = word.unwrap_or("1h");
         RANGES
             .into_iter()
@@ -69,20 +75,26 @@ impl Range {
 
 /// A team's chart.
 #[derive(Debug, Clone)]
-pub(crate) struct TeamStats {
-    pub(crate) current: Held,
-    pub(crate) at: Millis,
-    pub(crate) peaks: Held,
+pub struct TeamStats {
+    /// What is held now.
+    pub current: Held,
+    /// When that is.
+    pub at: Millis,
+    /// The most of each within 30 days.
+    pub peaks: Held,
     /// When each step begins, and its largest values.
-    pub(crate) series: Vec<(Millis, Held)>,
+    pub series: Vec<(Millis, Held)>,
 }
 
 /// A day's use.
 #[derive(Debug, Clone, Copy)]
-pub(crate) struct DayUse {
-    pub(crate) date: Date,
-    pub(crate) cpu_ms: i64,
-    pub(crate) ram_mb_ms: i64,
+pub struct DayUse {
+    /// The day, in UTC.
+    pub date: Date,
+    /// vCPUs held, times milliseconds.
+    pub cpu_ms: i64,
+    /// MiB held, times milliseconds.
+    pub ram_mb_ms: i64,
 }
 
 impl Services {
@@ -94,8 +106,9 @@ impl Services {
         Ok(())
     }
 
-    /// Adds running times to the days.
-    pub(crate) async fn usage_pass(&self, until: Millis) -> Result<()> {
+    /// Adds running times up to a moment to the days' usage. It happens every minute; once it has been done for a moment,
+    /// days that end before it do not change any more. Repeating it is harmless.
+    pub async fn usage_pass(&self, until: Millis) -> Result<()> {
         self.store.usage_accrue(until).await?;
         Ok(())
     }
@@ -108,7 +121,7 @@ impl Services {
     }
 
     /// A team's chart over a range.
-    pub(crate) async fn team_stats(&self, team: TeamId, range: Range) -> Result<TeamStats> {
+    pub async fn team_stats(&self, team: TeamId, range: Range) -> Result<TeamStats> {
         let now = now();
         let current = self.store.held_now(team).await?;
         let start = range.start(now);
@@ -153,8 +166,34 @@ impl Services {
         })
     }
 
+    /// What the teams used on a day (UTC), ordered by team, with the use up to now of a day under way: those after
+    /// `after`, at most `limit`. Teams without use are left out.
+    pub async fn usage_of_day(
+        &self,
+        date: Date,
+        after: Option<TeamId>,
+        limit: u32,
+    ) -> Result<Vec<(TeamId, DayUse)>> {
+        validate::within("limit", limit, 1, MAX_TEAMS)?;
+        let rows = self
+            .store
+            .usage_of_day(days_since_epoch(date), after, limit.into())
+            .await?;
+        Ok(rows
+            .into_iter()
+            .map(|row| {
+                let used = DayUse {
+                    date,
+                    cpu_ms: row.cpu_ms,
+                    ram_mb_ms: row.ram_mb_ms,
+                };
+                (TeamId(row.team_id), used)
+            })
+            .collect())
+    }
+
     /// A team's use per day, with a point for every day.
-    pub(crate) async fn team_usage(
+    pub async fn team_usage(
         &self,
         team: TeamId,
         from: Option<&str>,
@@ -208,8 +247,12 @@ fn day(field: &str, text: &str) -> Result<i64> {
         return Ok(time.as_millisecond().div_euclid(DAY));
     }
     let date: Date = text.parse().map_err(|_| bad())?;
-    let zoned = date.to_zoned(jiff::tz::TimeZone::UTC).map_err(|_| bad())?;
-    Ok(zoned.timestamp().as_millisecond().div_euclid(DAY))
+    Ok(days_since_epoch(date))
+}
+
+fn days_since_epoch(date: Date) -> i64 {
+    let epoch = jiff::civil::date(1970, 1, 1);
+    date.duration_since(epoch).as_hours() / 24
 }
 
 fn date(day: i64) -> Date {

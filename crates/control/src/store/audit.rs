@@ -11,19 +11,25 @@ use crate::domain::{AuditId, Millis, TeamId};
 
 /// Which entries to read.
 #[derive(Debug, Clone, Default)]
-pub(crate) struct AuditFilter {
+pub struct AuditFilter {
     /// Only this team's; `None` reads all, also those of no team.
-    pub(crate) team: Option<TeamId>,
-    pub(crate) actor_type: Option<ActorType>,
-    pub(crate) actor_id: Option<String>,
-    pub(crate) action: Option<String>,
-    pub(crate) resource_type: Option<String>,
-    pub(crate) resource_id: Option<String>,
-    pub(crate) status: Option<u16>,
+    pub team: Option<TeamId>,
+    /// Only what this kind of actor did.
+    pub actor_type: Option<ActorType>,
+    /// Only what this actor did, with its prefix.
+    pub actor_id: Option<String>,
+    /// Only this action.
+    pub action: Option<String>,
+    /// Only what was done to this kind of thing.
+    pub resource_type: Option<String>,
+    /// Only what was done to this thing.
+    pub resource_id: Option<String>,
+    /// Only what was answered with this HTTP status.
+    pub status: Option<u16>,
     /// From this time on.
-    pub(crate) since: Option<Millis>,
+    pub since: Option<Millis>,
     /// Before this time.
-    pub(crate) until: Option<Millis>,
+    pub until: Option<Millis>,
     /// Older than this entry.
     pub(crate) before: Option<(Millis, AuditId)>,
     pub(crate) limit: u64,

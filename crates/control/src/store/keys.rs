@@ -9,6 +9,7 @@ use sea_orm::{
 use super::Store;
 use super::entity::{api_key, team, user};
 use super::teams::{rows, team_held};
+use crate::domain::team::ApiKey;
 use crate::domain::{Actor, KeyId, Millis, Principal, TeamId, UserId, now};
 
 /// Keys whose last use one statement writes; PostgreSQL and SQLite both take more parameters than this needs.
@@ -16,15 +17,29 @@ const USES_PER_STATEMENT: usize = 500;
 
 /// A key as people see it.
 #[derive(Debug, Clone, FromQueryResult)]
-pub(crate) struct KeyRow {
-    pub(crate) id: uuid::Uuid,
-    pub(crate) team_id: uuid::Uuid,
-    pub(crate) name: String,
-    pub(crate) key_prefix: String,
-    pub(crate) created_at: Millis,
-    pub(crate) last_used: Option<Millis>,
+struct KeyRow {
+    id: uuid::Uuid,
+    team_id: uuid::Uuid,
+    name: String,
+    key_prefix: String,
+    created_at: Millis,
+    last_used: Option<Millis>,
     /// Absent when the creator's account is gone.
-    pub(crate) creator_email: Option<String>,
+    creator_email: Option<String>,
+}
+
+impl From<KeyRow> for ApiKey {
+    fn from(row: KeyRow) -> Self {
+        Self {
+            id: KeyId(row.id),
+            team: TeamId(row.team_id),
+            name: row.name,
+            prefix: row.key_prefix,
+            created_at: row.created_at,
+            last_used: row.last_used,
+            creator_email: row.creator_email,
+        }
+    }
 }
 
 impl Store {
@@ -83,7 +98,7 @@ impl Store {
         team: TeamId,
         limit: u64,
         before: Option<KeyId>,
-    ) -> Result<Vec<KeyRow>, DbErr> {
+    ) -> Result<Vec<ApiKey>, DbErr> {
         let mut query = Query::select();
         for column in [
             api_key::Column::Id,
@@ -115,7 +130,8 @@ impl Store {
         if let Some(before) = before {
             query.and_where(Expr::col((api_key::Entity, api_key::Column::Id)).lt(before.0));
         }
-        rows(&self.db, &query).await
+        let rows: Vec<KeyRow> = rows(&self.db, &query).await?;
+        Ok(rows.into_iter().map(ApiKey::from).collect())
     }
 
     /// Deletes a team's key; with `creator`, only if that user made it. Returns whether it was there.

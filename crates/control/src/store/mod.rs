@@ -36,12 +36,13 @@ use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbE
 use crate::extension::Extensions;
 
 pub(crate) use accounts::NewTeamKey;
-pub(crate) use audit::AuditFilter;
+pub use audit::AuditFilter;
 pub(crate) use channels::{Delivery, DeliveryEnd};
 pub(crate) use hosts::HostRegistration;
 pub(crate) use idempotency::ClaimTimes;
 pub(crate) use sandboxes::{Change, Guard, SandboxFilter};
-pub(crate) use usage::{DAY, Held};
+pub(crate) use usage::DAY;
+pub use usage::Held;
 pub(crate) use users::{NewAccount, NewIdentity, SignUpOutcome};
 
 pub(crate) use migrations::Schema;

@@ -14,26 +14,55 @@ use sea_orm::{
 use super::entity::{membership, team, user};
 use super::{Outcome, Store, corrupt};
 use crate::domain::membership::{MemberChange, Refused, Situation, decide_member_change};
+use crate::domain::team::{Member, Team};
 use crate::domain::{Millis, Role, TeamId, UserId, now};
 
 /// A team as one of its members sees it.
 #[derive(Debug, Clone, FromQueryResult)]
-pub(crate) struct TeamRow {
-    pub(crate) id: uuid::Uuid,
-    pub(crate) name: String,
-    pub(crate) slug: String,
-    pub(crate) created_at: Millis,
-    pub(crate) role: String,
+struct TeamRow {
+    id: uuid::Uuid,
+    name: String,
+    slug: String,
+    created_at: Millis,
+    role: String,
 }
 
 /// A member.
 #[derive(Debug, Clone, FromQueryResult)]
-pub(crate) struct MemberRow {
-    pub(crate) user_id: uuid::Uuid,
-    pub(crate) name: String,
-    pub(crate) email: String,
-    pub(crate) role: String,
-    pub(crate) joined_at: Millis,
+struct MemberRow {
+    user_id: uuid::Uuid,
+    name: String,
+    email: String,
+    role: String,
+    joined_at: Millis,
+}
+
+impl TryFrom<TeamRow> for Team {
+    type Error = DbErr;
+
+    fn try_from(row: TeamRow) -> Result<Self, DbErr> {
+        Ok(Self {
+            id: TeamId(row.id),
+            name: row.name,
+            slug: row.slug,
+            role: role(&row.role)?,
+            created_at: row.created_at,
+        })
+    }
+}
+
+impl TryFrom<MemberRow> for Member {
+    type Error = DbErr;
+
+    fn try_from(row: MemberRow) -> Result<Self, DbErr> {
+        Ok(Self {
+            user: UserId(row.user_id),
+            name: row.name,
+            email: row.email,
+            role: role(&row.role)?,
+            joined_at: row.joined_at,
+        })
+    }
 }
 
 /// The rows of a query that spans tables.
@@ -224,10 +253,15 @@ impl Store {
     }
 
     /// One team, if it lives and the user is in it.
-    pub(crate) async fn team_of_user(&self, id: TeamId, user: UserId) -> Result<Option<TeamRow>, DbErr> {
+    pub(crate) async fn team_of_user(&self, id: TeamId, user: UserId) -> Result<Option<Team>, DbErr> {
         let mut query = teams_of(user);
         query.and_where(Expr::col((team::Entity, team::Column::Id)).eq(id.0));
-        Ok(rows(&self.db, &query).await?.into_iter().next())
+        rows::<TeamRow>(&self.db, &query)
+            .await?
+            .into_iter()
+            .next()
+            .map(Team::try_from)
+            .transpose()
     }
 
     /// The live teams that a user is in, newest first.
@@ -236,7 +270,7 @@ impl Store {
         user: UserId,
         limit: u64,
         before: Option<TeamId>,
-    ) -> Result<Vec<TeamRow>, DbErr> {
+    ) -> Result<Vec<Team>, DbErr> {
         let mut query = teams_of(user);
         if let Some(before) = before {
             query.and_where(Expr::col((team::Entity, team::Column::Id)).lt(before.0));
@@ -244,7 +278,8 @@ impl Store {
         query
             .order_by((team::Entity, team::Column::Id), sea_orm::Order::Desc)
             .limit(limit);
-        rows(&self.db, &query).await
+        let rows: Vec<TeamRow> = rows(&self.db, &query).await?;
+        rows.into_iter().map(Team::try_from).collect()
     }
 
     /// Renames a live team, if the user is in it with at least this role.
@@ -284,7 +319,7 @@ impl Store {
         id: TeamId,
         limit: u64,
         before: Option<UserId>,
-    ) -> Result<Vec<MemberRow>, DbErr> {
+    ) -> Result<Vec<Member>, DbErr> {
         let mut query = Query::select();
         query
             .column((membership::Entity, membership::Column::UserId))
@@ -312,11 +347,12 @@ impl Store {
         if let Some(before) = before {
             query.and_where(Expr::col((membership::Entity, membership::Column::UserId)).lt(before.0));
         }
-        rows(&self.db, &query).await
+        let rows: Vec<MemberRow> = rows(&self.db, &query).await?;
+        rows.into_iter().map(Member::try_from).collect()
     }
 
     /// A member of a team.
-    pub(crate) async fn team_member(&self, id: TeamId, user: UserId) -> Result<Option<MemberRow>, DbErr> {
+    pub(crate) async fn team_member(&self, id: TeamId, user: UserId) -> Result<Option<Member>, DbErr> {
         let Some(membership) = membership::Entity::find_by_id((user.0, id.0))
             .one(&self.db)
             .await?
@@ -327,13 +363,16 @@ impl Store {
             .filter(user::Column::DeletedAt.is_null())
             .one(&self.db)
             .await?;
-        Ok(user.map(|user| MemberRow {
-            user_id: user.id,
-            name: user.name,
-            email: user.email,
-            role: membership.role,
-            joined_at: membership.created_at,
-        }))
+        user.map(|user| {
+            Ok(Member {
+                user: UserId(user.id),
+                name: user.name,
+                email: user.email,
+                role: role(&membership.role)?,
+                joined_at: membership.created_at,
+            })
+        })
+        .transpose()
     }
 
     /// The live and active user with an address.

@@ -17,10 +17,13 @@ pub(crate) const DAY: Millis = 86_400_000;
 
 /// What running sandboxes hold.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, FromQueryResult)]
-pub(crate) struct Held {
-    pub(crate) running_count: i64,
-    pub(crate) vcpus: i64,
-    pub(crate) memory_mb: i64,
+pub struct Held {
+    /// Sandboxes that run.
+    pub running_count: i64,
+    /// Their virtual CPUs.
+    pub vcpus: i64,
+    /// Their memory, MiB.
+    pub memory_mb: i64,
 }
 
 /// The largest values within a step of a chart.
@@ -38,6 +41,14 @@ pub(crate) struct HeldStep {
 pub(crate) struct UsageDay {
     /// Days since the epoch.
     pub(crate) day: i64,
+    pub(crate) cpu_ms: i64,
+    pub(crate) ram_mb_ms: i64,
+}
+
+/// A team's use on a day.
+#[derive(Debug, Clone, Copy, FromQueryResult)]
+pub(crate) struct TeamDay {
+    pub(crate) team_id: uuid::Uuid,
     pub(crate) cpu_ms: i64,
     pub(crate) ram_mb_ms: i64,
 }
@@ -278,6 +289,26 @@ impl Store {
             "SELECT day, cpu_ms, ram_mb_ms FROM usage_days \
              WHERE team_id = $1 AND day >= $2 AND day <= $3 ORDER BY day",
             vec![team.0.into(), from.into(), to.into()],
+        ))
+        .all(&self.db)
+        .await
+    }
+
+    /// The teams that used something on a day, by id; also those that were deleted since.
+    pub(crate) async fn usage_of_day(
+        &self,
+        day: i64,
+        after: Option<TeamId>,
+        limit: u64,
+    ) -> Result<Vec<TeamDay>, DbErr> {
+        TeamDay::find_by_statement(self.raw(
+            "SELECT team_id, cpu_ms, ram_mb_ms FROM usage_days \
+             WHERE day = $1 AND team_id > $2 ORDER BY team_id LIMIT $3",
+            vec![
+                day.into(),
+                after.map_or(uuid::Uuid::nil(), |team| team.0).into(),
+                super::big(limit).into(),
+            ],
         ))
         .all(&self.db)
         .await

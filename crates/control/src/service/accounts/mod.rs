@@ -196,7 +196,7 @@ impl Services {
     }
 
     /// The caller's own account.
-    pub(crate) async fn me(&self, session: &Session) -> Result<Me> {
+    pub async fn me(&self, session: &Session) -> Result<Me> {
         let account = self.own_account(session).await?;
         Ok(Me {
             providers: self.store.providers_of(account.id).await?,
