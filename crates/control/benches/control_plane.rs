@@ -71,7 +71,9 @@ fn main() -> Result<()> {
             "--quick" => quick = true,
             "--json-out" => json_out = words.next().ok_or("--json-out needs a file")?.into(),
             other => {
-                return Err(format!("unknown argument {other}; there are --quick and --json-out FILE").into());
+                return Err(
+                    format!("unknown argument {other}; there are --quick and --json-out FILE").into(),
+                );
             }
         }
     }
@@ -418,7 +420,7 @@ async fn measure(core: usize, cores: usize, quick: bool, json_out: &PathBuf) -> 
     let (rounds, alone, crowd) = if quick {
         (1, Duration::from_millis(200), Duration::from_millis(300))
     } else {
-        (3, Duration::from_secs(2), Duration::from_secs(3))
+        (3, Duration::from_millis(1500), Duration::from_secs(2))
     };
     say("starting PostgreSQL and the control plane");
     let postgres = Postgres::start_durable();

@@ -152,7 +152,7 @@ impl Setup {
                  INSERT INTO team_api_keys (id, team_id, name, key_hash, key_prefix, created_at) \
                  SELECT gen_random_uuid(), team, 'key', gen_random_uuid(), 'wrn_', {now} FROM owned; \
                  INSERT INTO channels (id, team_id, name, provider, config, events, created_at, updated_at) \
-                 SELECT gen_random_uuid(), id, 'hook', 'webhook', 'none', '[]', 0, 0 FROM teams; \
+                 SELECT gen_random_uuid(), id, 'hook', 'webhook', 'none', '[]', 0, 0 FROM teams WHERE id <> '{team}'; \
                  INSERT INTO channel_deliveries (id, channel_id, event_id, event, status, attempts, next_at, created_at) \
                  SELECT gen_random_uuid(), id, gen_random_uuid(), '{{}}', 'delivered', 1, {now}, {now} \
                  FROM channels, generate_series(1, 10)"
@@ -337,6 +337,8 @@ async fn a_listing_takes_as_many_statements_for_many_rows_as_for_one() {
         }
         counts
     };
+    // What the create left for the audit log is written before the log is read.
+    counts().await;
     let few = counts().await;
     assert!(few.values().all(|count| (1..=3).contains(count)), "{few:?}");
     setup.postgres.execute(&format!(

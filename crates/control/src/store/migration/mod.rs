@@ -13,6 +13,7 @@ mod m0004_events;
 mod m0005_audit_channels;
 mod m0006_metrics;
 mod m0007_verified_addresses;
+mod m0008_indexes;
 mod of_extension;
 
 use sea_orm_migration::prelude::*;
@@ -32,6 +33,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0005_audit_channels::AuditChannels),
             Box::new(m0006_metrics::Metrics),
             Box::new(m0007_verified_addresses::VerifiedAddresses),
+            Box::new(m0008_indexes::Indexes),
         ]
     }
 }
