@@ -35,6 +35,7 @@ use serde_json::{Value, json};
 use tokio::net::{TcpListener, TcpStream};
 use uuid::Uuid;
 use wrenn_control::{ControlConfig, ControlPlane, MasterSecret};
+use wrenn_proto::id::SandboxId;
 use wrenn_proto::rest::TemplateStatus;
 use wrenn_testkit::servers::Postgres;
 use wrenn_testkit::simhost::SimHost;
@@ -329,7 +330,7 @@ impl Operation {
     }
 }
 
-fn operations(ready: &Ready, sandboxes: Vec<String>) -> Vec<Operation> {
+fn operations(ready: &Ready, sandboxes: Vec<SandboxId>) -> Vec<Operation> {
     let (api, floor) = (ready.api, ready.floor);
     let team = ready.team;
     let own = || {
@@ -337,10 +338,10 @@ fn operations(ready: &Ready, sandboxes: Vec<String>) -> Vec<Operation> {
         Box::new(move |_| key.clone())
     };
     let sandboxes = Arc::new(sandboxes);
-    let pick = |sandboxes: &Arc<Vec<String>>| {
+    let pick = |sandboxes: &Arc<Vec<SandboxId>>| {
         let sandboxes = Arc::clone(sandboxes);
         // A stride that is no divisor of their number visits all of them.
-        move |number: usize| sandboxes[number * 37 % sandboxes.len()].clone()
+        move |number: usize| sandboxes[number * 37 % sandboxes.len()]
     };
     let (row, got) = (pick(&sandboxes), pick(&sandboxes));
     vec![
@@ -348,7 +349,7 @@ fn operations(ready: &Ready, sandboxes: Vec<String>) -> Vec<Operation> {
         Operation {
             statements: "1",
             ..Operation::new("floor: one row by its key", floor, move |number| {
-                format!("/row/{}", row(number))
+                format!("/row/{}", row(number).0)
             })
         },
         Operation {
@@ -444,7 +445,11 @@ async fn measure(core: usize, cores: usize, quick: bool, json_out: &PathBuf) -> 
     let ids = postgres.execute(&format!(
         "SELECT id FROM sandboxes WHERE team_id = '{team}' ORDER BY id"
     ));
-    let mut operations = operations(&server.ready, ids.lines().map(str::to_owned).collect());
+    let ids = ids
+        .lines()
+        .map(|id| Uuid::parse_str(id).map(SandboxId))
+        .collect::<Result<Vec<_>, _>>()?;
+    let mut operations = operations(&server.ready, ids);
     let mut drained = (0_usize, Duration::ZERO);
     for round in 1..=rounds {
         say(&format!("round {round} of {rounds}"));
@@ -577,6 +582,7 @@ async fn load(operation: &Operation, clients: usize, time: Duration) -> Result<(
             let mut samples = Vec::new();
             while began.elapsed() < time {
                 let request = operation.request()?;
+                send.ready().await?;
                 let asked = Instant::now();
                 let answer = send.send_request(request).await?;
                 let status = answer.status();
