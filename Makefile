@@ -11,11 +11,11 @@ CARGO ?= cargo
 # Arguments for the program, for example: make up ARGS="--listen 127.0.0.1:9000"
 ARGS ?=
 
-.PHONY: help up build test check bench clean setup
+.PHONY: help up build test check bench bench-control clean setup
 
 help: ## Show this list
 	@printf 'Wrenn. Usage: make TARGET [ARGS="…"]\n\n'
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
 
 setup: ## Install what is missing (apt), after saying what and why
 	@scripts/setup.sh --for up
@@ -44,10 +44,16 @@ check: ## Formatting, lints, licences and sources of dependencies, documentation
 	@scripts/deny.sh
 	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --workspace --no-deps --locked
 
-bench: ## Measure speed and memory against floors taken in the same run
+bench: ## Measure speed and memory against floors taken in the same run, sandboxes first
 	@scripts/setup.sh --for bench
 	$(CARGO) build --release --locked -p wrenn
-	@exec "$(CARGO_TARGET_DIR)/release/wrenn" bench --json-out "$(CARGO_TARGET_DIR)/bench-results.json" $(ARGS)
+	@"$(CARGO_TARGET_DIR)/release/wrenn" bench --json-out "$(CARGO_TARGET_DIR)/bench-results.json" $(ARGS)
+	@$(MAKE) --no-print-directory bench-control ARGS="$(filter --quick,$(ARGS))"
+
+bench-control: ## Measure the control plane alone: PostgreSQL, a simulated host, no machines
+	@scripts/setup.sh --for bench
+	$(CARGO) bench --locked -p wrenn-control --bench control_plane -- \
+	  --json-out "$(abspath $(CARGO_TARGET_DIR))/bench-control-results.json" $(ARGS)
 
 clean: ## Remove what was built; sandboxes and caches outside the checkout stay
 	$(CARGO) clean

@@ -96,9 +96,11 @@ if [ "$purpose" = test ]; then
     /usr/bin/python3) compgen -G '/usr/lib/python3*/ensurepip/__init__.py' >/dev/null ||
       need python3-venv "isolates the Python SDKs for the tests" ;;
   esac
-  # The tests start servers of their own, on free ports, in folders of their own.
-  [ -n "$(postgres)" ] || need postgresql "the control plane's tests run on PostgreSQL too (initdb, postgres)"
   have redis-server || need redis-server "the control plane's tests run several instances over Redis"
+fi
+# Tests and the bench start servers of their own, in folders of their own.
+if [ "$purpose" != up ]; then
+  [ -n "$(postgres)" ] || need postgresql "the control plane is tested and measured on PostgreSQL too (initdb, postgres)"
 fi
 cargo=$(cargo_version)
 want_cargo=""
@@ -244,7 +246,7 @@ keep_idle() {
   case " ${packages[*]} " in *" postgresql "*)
     local conf=/etc/postgresql-common/createcluster.d/wrenn.conf
     "${as_root[@]}" mkdir -p "${conf%/*}"
-    printf '# Written by Wrenn: its tests start servers of their own, so no cluster is made here.\ncreate_main_cluster = false\n' |
+    printf '# Written by Wrenn: its tests and its bench start servers of their own, so no cluster is made here.\ncreate_main_cluster = false\n' |
       "${as_root[@]}" tee "$conf" >/dev/null ;;
   esac
   case " ${packages[*]} " in *" redis-server "*) ;; *) return 0 ;; esac
@@ -333,6 +335,8 @@ for tool in qemu-img mmdebstrap mke2fs dpkg-deb curl make cc; do
 done
 if [ "$purpose" = test ]; then
   have redis-server || fail "'redis-server' is still missing" "install the package that provides it, then run this again"
+fi
+if [ "$purpose" != up ]; then
   [ -n "$(postgres)" ] || fail "PostgreSQL's initdb is still missing" "install PostgreSQL 15 or newer, then run this again"
 fi
 if [ ${#packages[@]} -gt 0 ]; then

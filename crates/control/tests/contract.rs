@@ -81,7 +81,14 @@ fn every_error_code_is_explained() {
 }
 
 /// Suites that need no database, or bring their own.
-const ONE_DATABASE: [&str; 5] = ["contract", "postgres", "database", "fleet", "schemathesis"];
+const ONE_DATABASE: [&str; 6] = [
+    "contract",
+    "postgres",
+    "database",
+    "fleet",
+    "queries",
+    "schemathesis",
+];
 
 #[test]
 fn every_suite_runs_on_postgres_too() {

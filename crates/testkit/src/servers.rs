@@ -72,12 +72,33 @@ pub struct Postgres {
 }
 
 impl Postgres {
-    /// Starts one.
+    /// Starts one for tests: its data outlives the server's end, not the machine's, which makes it fast.
     ///
     /// # Panics
     /// PostgreSQL is not installed (`scripts/setup.sh --for test` does it), or does not start.
     #[must_use]
     pub fn start() -> Self {
+        Self::start_with(&[
+            "fsync=off",
+            "full_page_writes=off",
+            "autovacuum=off",
+            "shared_buffers=16MB",
+            "max_wal_senders=0",
+            "wal_level=minimal",
+            "jit=off",
+        ])
+    }
+
+    /// Starts one with the settings that PostgreSQL has by itself: a commit is on the disk when it is answered.
+    ///
+    /// # Panics
+    /// PostgreSQL is not installed (`scripts/setup.sh --for bench` does it), or does not start.
+    #[must_use]
+    pub fn start_durable() -> Self {
+        Self::start_with(&[])
+    }
+
+    fn start_with(settings: &[&str]) -> Self {
         let programs = postgres_programs();
         let template = template(&programs);
         let dir = private_dir("wrenn-postgres-");
@@ -94,20 +115,13 @@ impl Postgres {
             .arg(&data)
             .arg("-k")
             .arg(dir.path());
-        for setting in [
+        let always = [
             "listen_addresses=",
-            // The data lasts as long as the test, and survives the server's end, not the machine's.
-            "fsync=off",
-            "full_page_writes=off",
-            "autovacuum=off",
-            "shared_buffers=16MB",
             "max_connections=100",
-            "max_wal_senders=0",
-            "wal_level=minimal",
-            "jit=off",
             // In the data directory rather than in /dev/shm, where a killed server would leave it.
             "dynamic_shared_memory_type=mmap",
-        ] {
+        ];
+        for setting in always.iter().chain(settings) {
             start.args(["-c", setting]);
         }
         start
@@ -135,6 +149,16 @@ impl Postgres {
             "postgres://wrenn@localhost/postgres?host={}",
             self.dir.path().display()
         )
+    }
+
+    /// What it has logged since its start.
+    ///
+    /// # Panics
+    /// The log cannot be read.
+    #[must_use]
+    pub fn log(&self) -> String {
+        let bytes = fs::read(self.dir.path().join("log")).expect("the log");
+        String::from_utf8_lossy(&bytes).into_owned()
     }
 
     /// Ends it as a crash would; its data stays.

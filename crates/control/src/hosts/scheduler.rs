@@ -32,6 +32,8 @@ impl Scheduler {
                 "no host that has the template is online; try again shortly",
             ));
         }
+        let ids: Vec<HostId> = candidates.iter().map(|host| host.id).collect();
+        let promised = store.memory_on_its_way(&ids).await?;
         let start = self.next.fetch_add(1, Ordering::Relaxed);
         let mut largest = 0;
         for offset in 0..candidates.len() {
@@ -41,7 +43,7 @@ impl Scheduler {
             if refused.contains(&host.id) {
                 continue;
             }
-            let promised = store.memory_on_its_way(host.id).await?;
+            let promised = promised.get(&host.id).copied().unwrap_or_default();
             let free = host.memory_available_mb.saturating_sub(promised);
             if free >= u64::from(needs.memory_mb) {
                 return Ok(host.clone());

@@ -6,6 +6,8 @@
 //! - An operation that nobody drives (its process died, its host did not answer) is driven again.
 //! - Templates that are to go are removed from their hosts.
 
+use std::collections::{HashMap, HashSet};
+
 use wrenn_proto::hostagent;
 
 use super::Services;
@@ -131,9 +133,14 @@ impl Services {
                 return Ok(());
             }
         };
-        let reports: Vec<_> = answer.sandboxes.iter().map(rpc::Report::read).collect();
+        let reports: HashMap<_, _> = answer
+            .sandboxes
+            .iter()
+            .map(rpc::Report::read)
+            .filter_map(|report| report.id.map(|id| (id, report)))
+            .collect();
         for record in &records {
-            let report = reports.iter().find(|report| report.id == Some(record.id));
+            let report = reports.get(&record.id);
             if self.correct(record, report).await? {
                 self.audit(AuditEntry::system(
                     Some(record.team),
@@ -144,8 +151,9 @@ impl Services {
                 pass.sandboxes_corrected += 1;
             }
         }
-        for report in &reports {
-            let Some(id) = report.id else { continue };
+        // What has a record that belongs here is no orphan; only the few others are looked up.
+        let at_home: HashSet<_> = records.iter().map(|record| record.id).collect();
+        for (&id, report) in reports.iter().filter(|(id, _)| !at_home.contains(id)) {
             let record = self.store.sandbox(id).await?;
             if !is_orphan(
                 record.as_ref(),

@@ -60,10 +60,8 @@ impl Services {
         if let Ok(id) = name.parse::<TemplateId>() {
             return Ok(self.store.template_visible(principal.team, id).await?);
         }
-        for team in [principal.team, TeamId::PLATFORM] {
-            if let Some(template) = self.store.template_by_name(team, name).await? {
-                return Ok(Some(template));
-            }
+        if let Some(template) = self.store.template_meant(principal.team, name).await? {
+            return Ok(Some(template));
         }
         match self.store.template_alias(name).await? {
             Some(name) => Ok(self.store.template_by_name(TeamId::PLATFORM, &name).await?),

@@ -5,11 +5,11 @@ use std::collections::BTreeSet;
 use sea_orm::sea_query::{Expr, ExprTrait as _};
 use sea_orm::{
     ColumnTrait, Condition, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryOrder, QuerySelect,
-    TransactionTrait,
+    Statement, TransactionTrait,
 };
 
 use super::entity::{event, event_cursor};
-use super::{Store, corrupt};
+use super::{Store, big, corrupt};
 use crate::domain::event::{EventKind, EventOutcome, NewEvent, StateEvent};
 use crate::domain::{Millis, TeamId, now};
 
@@ -43,14 +43,14 @@ impl Store {
     /// Gives events that have none yet their place in the order, at most `limit` of them; returns the teams that have
     /// something new, and whether there may be more.
     pub(crate) async fn events_number(&self, limit: u64) -> Result<(BTreeSet<TeamId>, bool), DbErr> {
-        let unnumbered = event::Entity::find()
+        let waiting: Option<i64> = event::Entity::find()
             .select_only()
             .column(event::Column::Id)
-            .column(event::Column::TeamId)
             .filter(event::Column::Seq.is_null())
             .order_by_asc(event::Column::Id)
-            .limit(limit);
-        let waiting: Option<(i64, uuid::Uuid)> = unnumbered.clone().into_tuple().one(&self.db).await?;
+            .into_tuple()
+            .one(&self.db)
+            .await?;
         if waiting.is_none() {
             return Ok((BTreeSet::new(), false));
         }
@@ -67,24 +67,29 @@ impl Store {
             .one(&transaction)
             .await?
             .ok_or_else(|| corrupt("event_cursor", "value"))?;
-        let rows: Vec<(i64, uuid::Uuid)> = unnumbered.into_tuple().all(&transaction).await?;
-        let mut seq = cursor.value;
-        let mut teams = BTreeSet::new();
-        for (id, team) in &rows {
-            seq += 1;
-            teams.insert(TeamId(*team));
-            event::Entity::update_many()
-                .col_expr(event::Column::Seq, seq.into())
-                .filter(event::Column::Id.eq(*id))
-                .exec(&transaction)
-                .await?;
-        }
+        // One statement for all of them. Only who holds the cursor gives places, so the rows stay these.
+        let numbered = transaction
+            .query_all_raw(Statement::from_sql_and_values(
+                transaction.get_database_backend(),
+                "UPDATE events SET seq = CAST($1 AS BIGINT) + waiting.place FROM \
+                 (SELECT id AS event, ROW_NUMBER() OVER (ORDER BY id) AS place FROM \
+                 (SELECT id FROM events WHERE seq IS NULL ORDER BY id LIMIT $2) AS first) AS waiting \
+                 WHERE events.id = waiting.event RETURNING team_id",
+                [cursor.value.into(), big(limit).into()],
+            ))
+            .await?;
+        let count = numbered.len() as u64;
+        let teams = numbered
+            .iter()
+            .map(|row| row.try_get_by_index::<uuid::Uuid>(0).map(TeamId))
+            .collect::<Result<BTreeSet<_>, _>>()?;
+        let seq = cursor.value.saturating_add(big(count));
         event_cursor::Entity::update_many()
             .col_expr(event_cursor::Column::Value, seq.into())
             .exec(&transaction)
             .await?;
         transaction.commit().await?;
-        Ok((teams, rows.len() as u64 == limit))
+        Ok((teams, count == limit))
     }
 
     /// Events in order that are still to be told: never published, or so long ago that whoever had them is gone.

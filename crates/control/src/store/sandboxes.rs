@@ -8,6 +8,7 @@ use sea_orm::{
     ActiveModelTrait, ColumnTrait, Condition, DbErr, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
     QuerySelect, TransactionTrait,
 };
+use uuid::Uuid;
 
 use super::entity::sandbox::{ActiveModel, Column, Entity, Model};
 use super::events::record;
@@ -189,7 +190,11 @@ impl Store {
         if !statuses.is_empty() {
             query = query.filter(Column::Status.is_in(words(&statuses)));
         } else if !all {
-            query = query.filter(Column::Status.ne(SandboxStatus::Stopped.as_str()));
+            // Named one by one, an index finds them among all that the team ever had.
+            let shown = SandboxStatus::ALL
+                .into_iter()
+                .filter(|status| *status != SandboxStatus::Stopped);
+            query = query.filter(Column::Status.is_in(shown.map(SandboxStatus::as_str)));
         }
         if let Some(before) = before {
             let Some(edge) = self.sandbox_of_team(team, before).await? else {
@@ -388,17 +393,23 @@ impl Store {
             .map(drop)
     }
 
-    /// MiB promised to sandboxes that a host does not count yet.
-    pub(crate) async fn memory_on_its_way(&self, host: HostId) -> Result<u64, DbErr> {
-        let rows: Vec<i32> = Entity::find()
+    /// MiB promised to sandboxes that their hosts do not count yet; hosts without any are left out.
+    pub(crate) async fn memory_on_its_way(&self, hosts: &[HostId]) -> Result<BTreeMap<HostId, u64>, DbErr> {
+        let sum = Expr::col(Column::MemoryMb).sum().cast_as("BIGINT");
+        let rows: Vec<(Uuid, i64)> = Entity::find()
             .select_only()
-            .column(Column::MemoryMb)
-            .filter(Column::HostId.eq(host.0))
+            .column(Column::HostId)
+            .column_as(sum, "promised")
+            .filter(Column::HostId.is_in(hosts.iter().map(|host| host.0)))
             .filter(Column::Status.is_in(words(&[SandboxStatus::Pending, SandboxStatus::Starting])))
+            .group_by(Column::HostId)
             .into_tuple()
             .all(&self.db)
             .await?;
-        Ok(rows.into_iter().map(unsigned::<u64>).sum())
+        Ok(rows
+            .into_iter()
+            .map(|(host, promised)| (HostId(host), unsigned(promised)))
+            .collect())
     }
 }
 

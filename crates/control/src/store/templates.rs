@@ -70,6 +70,18 @@ impl Store {
             .transpose()
     }
 
+    /// The template that a team means by a name: its own before the platform's.
+    pub(crate) async fn template_meant(&self, team: TeamId, name: &str) -> Result<Option<Template>, DbErr> {
+        let mut found = Entity::find()
+            .filter(Column::TeamId.is_in([team.0, TeamId::PLATFORM.0]))
+            .filter(Column::Name.eq(name))
+            .filter(Column::Status.ne(DELETING))
+            .all(&self.db)
+            .await?;
+        found.sort_by_key(|row| row.team_id != team.0);
+        found.into_iter().next().map(domain).transpose()
+    }
+
     /// The template name behind an alias.
     pub(crate) async fn template_alias(&self, alias: &str) -> Result<Option<String>, DbErr> {
         Ok(template_alias::Entity::find_by_id(alias.to_owned())

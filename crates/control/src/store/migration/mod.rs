@@ -14,6 +14,7 @@ mod m0005_audit_channels;
 mod m0006_metrics;
 mod m0007_verified_addresses;
 mod m0008_usage_by_day;
+mod m0009_snapshot_index;
 mod of_extension;
 
 use sea_orm_migration::prelude::*;
@@ -34,6 +35,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0006_metrics::Metrics),
             Box::new(m0007_verified_addresses::VerifiedAddresses),
             Box::new(m0008_usage_by_day::UsageByDay),
+            Box::new(m0009_snapshot_index::SnapshotIndex),
         ]
     }
 }
