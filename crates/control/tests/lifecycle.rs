@@ -260,7 +260,11 @@ async fn no_capacity_is_known_before_anything_starts() {
 
 #[tokio::test]
 async fn a_full_host_passes_a_start_on() {
-    let world = World::new().await;
+    // With no patience at all a second driver could ask those again that have just refused.
+    let world = World::new()
+        .await
+        .restart_with(|config| config.timings.transient_age = std::time::Duration::from_secs(30))
+        .await;
     let token = world
         .running
         .control
