@@ -75,6 +75,11 @@ impl ProbeReport {
     }
 }
 
+/// Whole microseconds: a figure of few digits is the same after its way through JSON.
+fn in_millis(took: Duration) -> f64 {
+    f64::from(u32::try_from(took.as_micros()).unwrap_or(u32::MAX)) / 1e3
+}
+
 /// What the child tells, a line each.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
@@ -107,7 +112,7 @@ pub fn probe_here(out: &mut impl Write) -> io::Result<()> {
     for rounds in [FIRST_ROUNDS, ROUNDS] {
         let mut written = Ok(());
         let outcome = kvm::run(rounds, |milestone| {
-            let millis = |took: Duration| took.as_secs_f64() * 1e3;
+            let millis = in_millis;
             let event = match milestone {
                 kvm::Milestone::Loop(took) => Event::Loop {
                     rounds,
@@ -278,7 +283,7 @@ fn events(output: &[u8]) -> Vec<Event> {
 /// Decides, from what the child said and how long it was there.
 fn judge(output: &[u8], elapsed: Duration) -> Outcome {
     const SLOW: &str = "a software emulation rather than hardware virtualisation";
-    let elapsed = elapsed.as_secs_f64() * 1e3;
+    let elapsed = in_millis(elapsed);
     let budget = BUDGET.as_secs_f64() * 1e3;
     let mut started = false;
     let mut counted = None;
