@@ -419,10 +419,10 @@ async fn a_silent_host_makes_its_sandboxes_missing_until_it_is_back() {
         .restart_with(|config| config.timings.host_silence = std::time::Duration::ZERO)
         .await;
     world.host.disconnect();
-    let pass = world.running.control.reconcile().await.expect("a pass");
-    assert_eq!((pass.hosts_lost, pass.sandboxes_missing), (1, 2), "{pass:?}");
+    // A pass of the instance's own may come between and do a part of it.
+    world.running.control.reconcile().await.expect("a pass");
     for id in [&sandbox, &paused] {
-        assert_eq!(world.settled(id).await, "missing");
+        world.until(id, "missing").await;
     }
     let (status, body) = world
         .post(&format!("/v1/sandboxes/{sandbox}/exec"), json!({"cmd": "echo"}))
