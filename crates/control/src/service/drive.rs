@@ -43,19 +43,22 @@ impl Services {
     pub(super) async fn drive_to_rest(&self, id: SandboxId) {
         let mut refused = Vec::new();
         loop {
-            let sandbox = match self.store.sandbox(id).await {
-                Ok(Some(sandbox)) if sandbox.status.is_transient() => sandbox,
-                Ok(_) => return,
-                Err(error) => {
-                    tracing::error!(sandbox = %id, error = &error as &dyn std::error::Error, "cannot read a record");
-                    return;
-                }
-            };
-            // One task per decision: a newer decision (destroy during create) must not wait for the older.
-            let Some(claim) = self.claim(id, sandbox.generation, sandbox.status) else {
+            let Some(seen) = self.under_way(id).await else {
                 return;
             };
-            let step = self.step(&sandbox, &mut refused).await;
+            // One task per decision: a newer decision (destroy during create) must not wait for the older.
+            let Some(claim) = self.claim(id, seen.generation, seen.status) else {
+                return;
+            };
+            // Whoever had the claim before may have carried the decision out since the record was read.
+            let Some(sandbox) = self.under_way(id).await else {
+                return;
+            };
+            let step = if (sandbox.generation, sandbox.status) == (seen.generation, seen.status) {
+                self.step(&sandbox, &mut refused).await
+            } else {
+                Ok(Step::Again)
+            };
             let asked_again = claim.end();
             match step {
                 Ok(Step::Again) => {}
@@ -65,6 +68,17 @@ impl Services {
                     tracing::error!(sandbox = %id, error = &error as &dyn std::error::Error, "an operation failed");
                     return;
                 }
+            }
+        }
+    }
+
+    /// A record with an operation under way; `None` when there is nothing to drive.
+    async fn under_way(&self, id: SandboxId) -> Option<Sandbox> {
+        match self.store.sandbox(id).await {
+            Ok(sandbox) => sandbox.filter(|sandbox| sandbox.status.is_transient()),
+            Err(error) => {
+                tracing::error!(sandbox = %id, error = &error as &dyn std::error::Error, "cannot read a record");
+                None
             }
         }
     }

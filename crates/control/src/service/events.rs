@@ -31,8 +31,6 @@ use crate::{Error, Result};
 const PAGE: u64 = 200;
 /// How often an event is told before it is given up.
 const MAX_ATTEMPTS: i32 = 20;
-/// An event that is heard sooner is news, and no sign of something forsaken.
-const NEWS: Duration = Duration::from_secs(2);
 /// How often readers look by themselves, whatever wakes them between.
 pub(crate) const POLL: Duration = Duration::from_secs(1);
 
@@ -66,9 +64,7 @@ impl Services {
         let (Some(to), Ok(id)) = (event.payload.to, event.resource.parse::<SandboxId>()) else {
             return Ok(());
         };
-        // Whoever has just begun is at it.
-        let age = self.config.timings.transient_age.max(NEWS);
-        if !to.is_transient() || now().saturating_sub(event.at) < millis(age) {
+        if !to.is_transient() || now().saturating_sub(event.at) < millis(self.config.timings.transient_age) {
             return Ok(());
         }
         let current = self.store.sandbox(id).await?;
