@@ -10,7 +10,7 @@ use super::journal::{Phase, Record};
 use super::{Entry, Event, Manager, vm};
 use crate::error::{IoContext as _, Result};
 use crate::layout::VmDir;
-use crate::vmm::process::{ProcessId, VmmProcess};
+use crate::vmm::process::{ProcessId, VmmProcess, processes};
 
 impl Manager {
     /// Brings the sandboxes of an earlier agent back under care. Call once, before serving.
@@ -147,25 +147,15 @@ impl Manager {
 /// Kills VMM processes that work in this agent's folders without a journal that names them: those started
 /// right before an earlier agent was killed.
 async fn end_strays(data: &Path, keep: &HashSet<ProcessId>) {
-    let Ok(processes) = std::fs::read_dir("/proc") else {
-        return;
-    };
-    for entry in processes.flatten() {
-        let Some(pid) = entry
-            .file_name()
-            .to_str()
-            .and_then(|name| name.parse::<u32>().ok())
-        else {
-            continue;
-        };
-        let Ok(cwd) = std::fs::read_link(entry.path().join("cwd")) else {
+    for (pid, process) in processes() {
+        let Ok(cwd) = std::fs::read_link(process.join("cwd")) else {
             continue;
         };
         let ours = ["sandboxes", "pool", "tmp"]
             .iter()
             .any(|folder| cwd.starts_with(data.join(folder)));
         // Or on the way to become one: the programs that set limits and drop privileges before QEMU starts.
-        let is_vmm = std::fs::read_to_string(entry.path().join("comm")).is_ok_and(|comm| {
+        let is_vmm = std::fs::read_to_string(process.join("comm")).is_ok_and(|comm| {
             comm.starts_with("qemu-system") || matches!(comm.trim_end(), "prlimit" | "setpriv")
         });
         if !ours || !is_vmm || keep.iter().any(|process| process.pid == pid) {

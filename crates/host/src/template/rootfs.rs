@@ -161,20 +161,14 @@ async fn sweep(cache: &Path) {
 
 /// Kills the programs that were told to work in `work`; its name is unique.
 fn end_programs(work: &Path) {
-    let Ok(processes) = std::fs::read_dir("/proc") else {
-        return;
-    };
     let Some(name) = work.file_name().and_then(|name| name.to_str()) else {
         return;
     };
-    for process in processes.flatten() {
-        let pid = process.file_name().to_str().and_then(|name| name.parse().ok());
-        let Some(pid) = pid.and_then(rustix::process::Pid::from_raw) else {
-            continue;
-        };
-        let ours = std::fs::read(process.path().join("cmdline"))
+    for (pid, process) in crate::vmm::process::processes() {
+        let ours = std::fs::read(process.join("cmdline"))
             .is_ok_and(|line| String::from_utf8_lossy(&line).contains(name));
-        if ours {
+        let pid = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+        if let (true, Some(pid)) = (ours, pid) {
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
         }
     }

@@ -156,6 +156,15 @@ impl Drop for VmmProcess {
     }
 }
 
+/// The folders under `/proc` of all processes, with their pids.
+pub(crate) fn processes() -> impl Iterator<Item = (u32, std::path::PathBuf)> {
+    std::fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|entry| Some((entry.file_name().to_str()?.parse().ok()?, entry.path())))
+}
+
 fn identify(pid: u32) -> Option<ProcessId> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     // The command name may hold spaces and brackets: fields are counted after the last bracket. Start time is field 22.
