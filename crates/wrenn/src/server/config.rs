@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
-use wrenn_control::{ControlConfig, MasterSecret};
+use wrenn_control::{ControlConfig, MasterSecret, Secret};
 use wrenn_host::net::EgressPolicy;
 use wrenn_host::vmm::Accelerator;
 use wrenn_host::{Capacity, OnExit};
@@ -134,9 +134,10 @@ pub(crate) struct ControlArgs {
         env = "WRENN_SECRET_KEY",
         value_name = "HEX",
         hide_env_values = true,
+        value_parser = super::accounts::secret,
         help_heading = "Server"
     )]
-    pub(crate) secret_key: Option<SecretText>,
+    pub(crate) secret_key: Option<Secret>,
     /// URL at which people reach this installation, for links in mails
     #[arg(long, env = "WRENN_PUBLIC_URL", value_name = "URL", help_heading = "Server")]
     pub(crate) public_url: Option<String>,
@@ -160,7 +161,7 @@ impl ControlArgs {
         config.redis_url.clone_from(redis_url);
         config.secret = secret_key
             .as_ref()
-            .map(|SecretText(text)| MasterSecret::parse(text))
+            .map(|key| MasterSecret::parse(key.reveal()))
             .transpose()
             .context("WRENN_SECRET_KEY cannot be used")?;
         if let Some(url) = public_url {
@@ -173,24 +174,6 @@ impl ControlArgs {
         }
         accounts.apply(&mut config);
         Ok(config)
-    }
-}
-
-/// Text that no message, log or `Debug` shows.
-#[derive(Clone)]
-pub(crate) struct SecretText(String);
-
-impl std::fmt::Debug for SecretText {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("SecretText(…)")
-    }
-}
-
-impl std::str::FromStr for SecretText {
-    type Err = std::convert::Infallible;
-
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        Ok(Self(text.to_owned()))
     }
 }
 
