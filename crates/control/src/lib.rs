@@ -376,10 +376,12 @@ impl ControlPlane {
         self.start_background().await?;
         let closing = self.services.tasks.closing().clone();
         let grace = self.services.config.timings.shutdown_grace;
+        // Describing and assembling the API is work; the listeners share one.
+        let router = self.router();
         let mut servers = tokio::task::JoinSet::new();
         for listener in listeners {
             let signal = closing.clone().cancelled_owned();
-            let router = self.router();
+            let router = router.clone();
             servers.spawn(
                 axum::serve(
                     listener,

@@ -1,6 +1,6 @@
 //! The server itself: health, metrics, documents, and the middleware that observes requests.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, LazyLock, OnceLock};
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request, State};
@@ -9,6 +9,7 @@ use axum::middleware::Next;
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
+use bytes::Bytes;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
 use utoipa_swagger_ui::SwaggerUi;
 use wrenn_proto::rest::{ErrorBody, Health};
@@ -38,22 +39,25 @@ fn recorder() -> &'static PrometheusHandle {
 }
 
 /// Pages and documents that the OpenAPI document does not describe.
-pub(super) fn undocumented(document: &utoipa::openapi::OpenApi) -> Router<Services> {
+pub(super) fn undocumented(document: utoipa::openapi::OpenApi) -> Router<Services> {
     recorder();
-    let json = serde_json::to_value(document).unwrap_or_default();
-    let yaml: Option<Arc<str>> = document.to_yaml().ok().map(Arc::from);
+    let json = serde_json::to_value(&document).unwrap_or_default();
+    // Written when somebody asks for the first time: most starts are never asked.
+    let yaml = Arc::new(LazyLock::new(move || document.to_yaml().map(Bytes::from)));
     Router::new()
         .route(
             "/openapi.yaml",
-            get(move || std::future::ready(serve_yaml(yaml.as_deref()))),
+            get(move || std::future::ready(serve_yaml(&yaml))),
         )
         .route("/test", get(|| async { Html(TEST_PAGE) }))
         .merge(SwaggerUi::new("/docs").external_url_unchecked("/openapi.json", json))
 }
 
-fn serve_yaml(text: Option<&str>) -> ApiResult<Response> {
-    let text = text.ok_or_else(|| Error::internal("the API's document cannot be written as YAML"))?;
-    Ok(([(header::CONTENT_TYPE, "application/yaml")], text.to_owned()).into_response())
+fn serve_yaml<E: std::fmt::Display>(text: &Result<Bytes, E>) -> ApiResult<Response> {
+    let text = text
+        .as_ref()
+        .map_err(|error| Error::internal(error.to_string()))?;
+    Ok(([(header::CONTENT_TYPE, "application/yaml")], text.clone()).into_response())
 }
 
 /// Tell whether the server can work: it is up and its database answers.

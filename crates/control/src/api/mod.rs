@@ -96,7 +96,7 @@ pub(crate) fn router(services: Services, extensions: &Extensions) -> Router {
     let mut router = Router::new()
         .merge(documented)
         .nest("/v1/capsules", capsules)
-        .merge(meta::undocumented(&document))
+        .merge(meta::undocumented(document))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         // Bodies are limited where they are read: JSON by the extractor, uploads by the service.

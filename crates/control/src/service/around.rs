@@ -7,6 +7,8 @@ use std::future::Future;
 use std::sync::OnceLock;
 use std::time::Duration;
 
+use tokio::sync::Notify;
+
 use super::Services;
 use super::drive::millis;
 use crate::Result;
@@ -23,43 +25,67 @@ pub(crate) struct Around {
     /// Made at the first delivery: a machine without root certificates can run everything else.
     pub(super) sender: OnceLock<std::result::Result<super::deliver::Sender, String>>,
     /// Starts the next look for messages.
-    pub(super) deliver: tokio::sync::Notify,
+    pub(super) deliver: Notify,
 }
 
 impl Services {
     /// Starts the background work around the sandboxes.
     pub(crate) fn start_around(&self) {
         let timings = &self.config.around;
-        self.repeat("audit", Duration::from_secs(1), |services| async move {
-            services.audit_flush().await
-        });
-        self.repeat("metrics", timings.sample_interval, |services| async move {
-            services.sample_pass(now()).await
-        });
-        self.repeat("usage", timings.usage_interval, |services| async move {
-            services.usage_pass(now()).await?;
-            services.prune_pass(now()).await
-        });
-        self.repeat("deliveries", timings.delivery_interval, |services| async move {
-            while !services.tasks.closing().is_cancelled() && services.deliver_pass().await? > 0 {}
-            Ok(())
-        });
+        self.repeat(
+            "audit",
+            Duration::from_secs(1),
+            |around| Some(around.audit.filling()),
+            |services| async move { services.audit_flush().await },
+        );
+        self.repeat(
+            "metrics",
+            timings.sample_interval,
+            |_| None,
+            |services| async move { services.sample_pass(now()).await },
+        );
+        self.repeat(
+            "usage",
+            timings.usage_interval,
+            |_| None,
+            |services| async move {
+                services.usage_pass(now()).await?;
+                services.prune_pass(now()).await
+            },
+        );
+        self.repeat(
+            "deliveries",
+            timings.delivery_interval,
+            |around| Some(&around.deliver),
+            |services| async move {
+                while !services.tasks.closing().is_cancelled() && services.deliver_pass().await? > 0 {}
+                Ok(())
+            },
+        );
     }
 
-    /// Repeats a pass: after every interval, and for deliveries and the audit log also when there is work.
-    fn repeat<F>(&self, name: &'static str, interval: Duration, pass: fn(Self) -> F)
-    where
+    /// Repeats a pass: after every interval, and whenever something says that there is work.
+    fn repeat<F>(
+        &self,
+        name: &'static str,
+        interval: Duration,
+        work: fn(&Around) -> Option<&Notify>,
+        pass: fn(Self) -> F,
+    ) where
         F: Future<Output = Result<()>> + Send + 'static,
     {
         let services = self.clone();
         self.tasks.spawn(TaskKind::Worker, async move {
             let closing = services.tasks.closing().clone();
+            let work = async |services: &Self| match work(&services.around) {
+                Some(work) => work.notified().await,
+                None => std::future::pending().await,
+            };
             loop {
                 tokio::select! {
                     () = closing.cancelled() => return,
                     () = tokio::time::sleep(interval) => {}
-                    () = services.around.deliver.notified(), if name == "deliveries" => {}
-                    () = services.around.audit.filling(), if name == "audit" => {}
+                    () = work(&services) => {}
                 }
                 if let Err(error) = pass(services.clone()).await {
                     metrics::counter!("wrenn_pass_failures_total", "pass" => name).increment(1);

@@ -47,9 +47,9 @@ struct Waiting {
 }
 
 impl Buffer {
-    /// Resolves when there is enough for a write.
-    pub(super) async fn filling(&self) {
-        self.filling.notified().await;
+    /// Notified when there is enough for a write.
+    pub(super) fn filling(&self) -> &Notify {
+        &self.filling
     }
 
     /// Takes an entry, unless there are too many.
