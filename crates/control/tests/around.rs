@@ -26,7 +26,6 @@ struct Fixture {
     key: String,
     owner: UserId,
     team: TeamId,
-    secret: MasterSecret,
     db: DatabaseConnection,
     http: reqwest::Client,
     config: ControlConfig,
@@ -42,9 +41,8 @@ impl Fixture {
 
     async fn with(change: impl FnOnce(&mut ControlConfig)) -> Self {
         let dir = tempfile::tempdir().expect("a directory");
-        let secret = MasterSecret::generate().expect("randomness");
         let mut config = ControlConfig::new(dir.path());
-        config.secret = Some(secret.clone());
+        config.secret = Some(MasterSecret::generate().expect("randomness"));
         config.timings.monitor_interval = Duration::from_secs(3600);
         config.timings.transient_age = Duration::ZERO;
         config.timings.shutdown_grace = Duration::from_millis(500);
@@ -78,7 +76,6 @@ impl Fixture {
             key: first.api_key,
             owner: first.user_id,
             team: first.team_id,
-            secret,
             db,
             http: reqwest::Client::new(),
             config,
@@ -87,24 +84,9 @@ impl Fixture {
         }
     }
 
-    /// A session token, signed as the control plane signs them.
-    fn token(&self, user: UserId, team: TeamId) -> String {
-        let master = hex::decode(self.secret.reveal()).expect("hex");
-        let mut key = [0; 32];
-        hkdf::Hkdf::<Sha256>::new(Some(b"wrenn"), &master)
-            .expand(b"session", &mut key)
-            .expect("a key");
-        let iat = now() / 1000;
-        let claims = json!({
-            "sub": user, "team": team, "name": "x", "role": null, "ver": 0,
-            "iss": "wrenn", "iat": iat, "exp": iat + 3600,
-        });
-        jsonwebtoken::encode(
-            &jsonwebtoken::Header::new(jsonwebtoken::Algorithm::HS256),
-            &claims,
-            &jsonwebtoken::EncodingKey::from_secret(&key),
-        )
-        .expect("a token")
+    async fn token(&self, user: UserId, team: TeamId) -> String {
+        let session = self.running.control.issue_session(user, Some(team)).await;
+        session.expect("a session")
     }
 
     async fn sql(&self, sql: &str, values: Vec<sea_orm::Value>) {
@@ -172,7 +154,7 @@ impl Fixture {
     async fn by(&self, user: UserId, method: &str, path: &str, body: Option<Value>) -> (u16, Value) {
         let mut request = self
             .request(method, path)
-            .bearer_auth(self.token(user, self.team));
+            .bearer_auth(self.token(user, self.team).await);
         if let Some(body) = body {
             request = request.json(&body);
         }
@@ -1510,7 +1492,7 @@ async fn a_kept_answer_with_a_secret_is_sealed() {
     for _ in 0..2 {
         let request = world
             .request("POST", "/v1/channels")
-            .bearer_auth(world.token(world.owner, world.team))
+            .bearer_auth(world.token(world.owner, world.team).await)
             .header("idempotency-key", "c1")
             .json(&body);
         let (status, made) = answer(request).await;
@@ -1536,7 +1518,7 @@ async fn a_kept_answer_with_a_secret_is_sealed() {
     let admin = world.user("admin").await;
     let request = world
         .request("POST", "/v1/channels")
-        .bearer_auth(world.token(admin, world.team))
+        .bearer_auth(world.token(admin, world.team).await)
         .header("idempotency-key", "c1")
         .json(&body);
     let (status, refused) = answer(request).await;

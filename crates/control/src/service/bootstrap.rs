@@ -2,8 +2,9 @@
 
 use super::Services;
 use crate::auth;
+use crate::domain::account::UserStatus;
 use crate::domain::{HostId, KeyId, TeamId, UserId, now};
-use crate::store::NewTeamKey;
+use crate::store::{NewAccount, NewKey};
 use crate::{Error, Result};
 
 /// What the first start created. The key is shown this once; the store has its hash only.
@@ -58,17 +59,20 @@ impl Services {
         }
         let key = auth::new_api_key()?;
         let email = "admin@localhost".to_owned();
+        let admin = NewAccount {
+            email: &email,
+            name: "Admin",
+            password_hash: None,
+            status: UserStatus::Active,
+            email_verified: false,
+            platform_admin: true,
+            team_name: "Default",
+            slug: &new_slug()?,
+            identity: None,
+        };
         let created = self
             .store
-            .create_admin(NewTeamKey {
-                email: &email,
-                user_name: "Admin",
-                team_name: "Default",
-                slug: &new_slug()?,
-                key_name: "First key",
-                key_hash: &auth::hash(&key),
-                key_prefix: visible(&key),
-            })
+            .account_with_key(admin, first_key(&key, &auth::hash(&key)))
             .await;
         let (user_id, team_id, key_id) = match created {
             Ok(ids) => ids,
@@ -88,18 +92,9 @@ impl Services {
     /// Creates a team with a key of its own.
     pub(crate) async fn create_team(&self, name: &str) -> Result<(TeamId, String)> {
         let key = auth::new_api_key()?;
-        let (team, _) = self
-            .store
-            .create_team(NewTeamKey {
-                email: "",
-                user_name: "",
-                team_name: name,
-                slug: &new_slug()?,
-                key_name: "First key",
-                key_hash: &auth::hash(&key),
-                key_prefix: visible(&key),
-            })
-            .await?;
+        let hash = auth::hash(&key);
+        let first_key = first_key(&key, &hash);
+        let team = self.store.team_with_key(name, &new_slug()?, first_key).await?;
         Ok((team, key))
     }
 
@@ -127,9 +122,12 @@ impl Services {
     }
 }
 
-/// The part of a key that people may see later.
-fn visible(key: &str) -> &str {
-    key.get(..auth::VISIBLE_KEY_CHARS).unwrap_or_default()
+fn first_key<'a>(key: &'a str, hash: &'a str) -> NewKey<'a> {
+    NewKey {
+        name: "First key",
+        hash,
+        prefix: key.get(..auth::VISIBLE_KEY_CHARS).unwrap_or_default(),
+    }
 }
 
 /// A team's immutable short name: `xxxxxx-xxxxxx`, hex.

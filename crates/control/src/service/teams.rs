@@ -241,49 +241,6 @@ impl Services {
         }
         Ok(self.store.users_by_email_prefix(&prefix, MOST_FOUND).await?)
     }
-
-    /// Creates an active user with a default team, for operators and tests.
-    pub async fn create_user(
-        &self,
-        address: &str,
-        name: &str,
-        password_hash: Option<&str>,
-    ) -> Result<UserId> {
-        let address = email(address)?;
-        if self.store.email_taken(&address).await? {
-            return Err(Error::new(
-                ErrorCode::Conflict,
-                "an account with this address exists already",
-            ));
-        }
-        with_slug(new_slug, async |slug: String| {
-            self.store
-                .user_with_team(&address, name, password_hash, &slug)
-                .await
-        })
-        .await
-    }
-
-    /// A session for a user in a team, or in the one that they work in by default; for operators and tests.
-    pub async fn issue_session(&self, user: UserId, team: Option<TeamId>) -> Result<String> {
-        let (name, version, default) = self
-            .store
-            .user_for_session(user)
-            .await?
-            .ok_or_else(|| Error::not_found("user", user))?;
-        let team = match team {
-            None => default,
-            Some(team) => {
-                let row = self
-                    .store
-                    .team_of_user(team, user)
-                    .await?
-                    .ok_or_else(|| Error::not_found("team", team))?;
-                Some((team, row.role))
-            }
-        };
-        self.sessions.issue(user, &name, version, team)
-    }
 }
 
 #[cfg(test)]
@@ -335,14 +292,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_taken_slug_is_exchanged_for_another_also_when_its_team_is_gone() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let store = Store::open(None, dir.path(), &crate::extension::Extensions::default())
-            .await
-            .expect("a store");
-        let owner = store
-            .user_with_team("a@b.c", "A", None, "aaaaaa-aaaaaa")
-            .await
-            .expect("a user");
+        let (_dir, store, owner) = Store::scratch("aaaaaa-aaaaaa").await;
         let (gone, _) = store
             .team_create("Gone", "bbbbbb-bbbbbb", owner)
             .await

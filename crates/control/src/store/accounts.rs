@@ -5,7 +5,9 @@ use sea_orm::{ActiveModelTrait, DbErr, EntityTrait, FromQueryResult, PaginatorTr
 
 use super::Store;
 use super::entity::{api_key, membership, team, user};
-use crate::domain::{KeyId, Millis, TeamId, UserId, now};
+use super::teams::{member, team_row};
+use super::users::{NewAccount, user_row};
+use crate::domain::{KeyId, Millis, Role, TeamId, UserId, now};
 
 /// A user as a session sees them.
 #[derive(Debug, FromQueryResult)]
@@ -20,15 +22,11 @@ pub(crate) struct SessionRow {
     pub(crate) role: Option<String>,
 }
 
-/// What the first start creates.
-pub(crate) struct NewTeamKey<'a> {
-    pub(crate) email: &'a str,
-    pub(crate) user_name: &'a str,
-    pub(crate) team_name: &'a str,
-    pub(crate) slug: &'a str,
-    pub(crate) key_name: &'a str,
-    pub(crate) key_hash: &'a str,
-    pub(crate) key_prefix: &'a str,
+/// A team's first key.
+pub(crate) struct NewKey<'a> {
+    pub(crate) name: &'a str,
+    pub(crate) hash: &'a str,
+    pub(crate) prefix: &'a str,
 }
 
 impl Store {
@@ -37,47 +35,23 @@ impl Store {
         Ok(user::Entity::find().count(&self.db).await? == 0)
     }
 
-    /// Creates an admin with a team and a key, all or nothing.
-    pub(crate) async fn create_admin(&self, new: NewTeamKey<'_>) -> Result<(UserId, TeamId, KeyId), DbErr> {
-        let (user, team, key) = (UserId::new(), TeamId::new(), KeyId::new());
-        let now = now();
+    /// Creates an account with its first team and a key of that, all or nothing. Fails with a duplicate error when the
+    /// address is taken.
+    pub(crate) async fn account_with_key(
+        &self,
+        new: NewAccount<'_>,
+        first_key: NewKey<'_>,
+    ) -> Result<(UserId, TeamId, KeyId), DbErr> {
+        let (user, team, key, now) = (UserId::new(), TeamId::new(), KeyId::new(), now());
         let transaction = self.db.begin().await?;
-        user::ActiveModel {
-            id: Set(user.0),
-            email: Set(new.email.to_owned()),
-            name: Set(new.user_name.to_owned()),
-            password_hash: Set(None),
-            is_admin: Set(true),
-            status: Set("active".to_owned()),
-            created_at: Set(now),
-            updated_at: Set(now),
-            session_version: Set(0),
-            deleted_at: Set(None),
-            last_login_at: Set(None),
-            email_verified_at: Set(None),
-        }
-        .insert(&transaction)
-        .await?;
-        team::ActiveModel {
-            id: Set(team.0),
-            name: Set(new.team_name.to_owned()),
-            slug: Set(new.slug.to_owned()),
-            created_at: Set(now),
-            deleted_at: Set(None),
-            ..Default::default()
-        }
-        .insert(&transaction)
-        .await?;
-        membership::ActiveModel {
-            user_id: Set(user.0),
-            team_id: Set(team.0),
-            role: Set("owner".to_owned()),
-            is_default: Set(true),
-            created_at: Set(now),
-        }
-        .insert(&transaction)
-        .await?;
-        key_row(key, team, Some(user), &new, now)
+        user_row(user, &new, now).insert(&transaction).await?;
+        team_row(team, new.team_name, new.slug, now)
+            .insert(&transaction)
+            .await?;
+        member(user, team, Role::Owner, true, now)
+            .insert(&transaction)
+            .await?;
+        key_row(key, team, Some(user), &first_key, now)
             .insert(&transaction)
             .await?;
         transaction.commit().await?;
@@ -85,23 +59,20 @@ impl Store {
     }
 
     /// Creates a further team with a key and nobody in it; operators and tests use it.
-    pub(crate) async fn create_team(&self, new: NewTeamKey<'_>) -> Result<(TeamId, KeyId), DbErr> {
-        let (team, key) = (TeamId::new(), KeyId::new());
-        let now = now();
+    pub(crate) async fn team_with_key(
+        &self,
+        name: &str,
+        slug: &str,
+        first_key: NewKey<'_>,
+    ) -> Result<TeamId, DbErr> {
+        let (team, now) = (TeamId::new(), now());
         let transaction = self.db.begin().await?;
-        team::ActiveModel {
-            id: Set(team.0),
-            name: Set(new.team_name.to_owned()),
-            slug: Set(new.slug.to_owned()),
-            created_at: Set(now),
-            deleted_at: Set(None),
-            ..Default::default()
-        }
-        .insert(&transaction)
-        .await?;
-        key_row(key, team, None, &new, now).insert(&transaction).await?;
+        team_row(team, name, slug, now).insert(&transaction).await?;
+        key_row(KeyId::new(), team, None, &first_key, now)
+            .insert(&transaction)
+            .await?;
         transaction.commit().await?;
-        Ok((team, key))
+        Ok(team)
     }
 
     /// The user of a session and their place in its team, as of now; one query. `None` when there is no such user.
@@ -160,15 +131,15 @@ fn key_row(
     key: KeyId,
     team: TeamId,
     creator: Option<UserId>,
-    new: &NewTeamKey<'_>,
+    new: &NewKey<'_>,
     now: Millis,
 ) -> api_key::ActiveModel {
     api_key::ActiveModel {
         id: Set(key.0),
         team_id: Set(team.0),
-        name: Set(new.key_name.to_owned()),
-        key_hash: Set(new.key_hash.to_owned()),
-        key_prefix: Set(new.key_prefix.to_owned()),
+        name: Set(new.name.to_owned()),
+        key_hash: Set(new.hash.to_owned()),
+        key_prefix: Set(new.prefix.to_owned()),
         created_by: Set(creator.map(|creator| creator.0)),
         created_at: Set(now),
         last_used: Set(None),

@@ -10,7 +10,6 @@ use sea_orm::{
     ColumnTrait, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait, QueryFilter, QueryOrder,
     QuerySelect, TransactionTrait,
 };
-use sea_orm_migration::SchemaManager;
 
 use super::Store;
 use super::admin::another_admin;
@@ -28,10 +27,9 @@ const PURGED: &str = "purged";
 /// Rows that a step takes at once.
 const PAGE: u64 = 500;
 
-/// Tables whose rows go with their team, besides those that this module knows by itself. They belong to other parts of the
-/// control plane: what has a `team_id` goes by that, what has only a `sandbox_id` by the team's sandboxes, and
-/// a table that does not exist in this schema has no rows.
-const TEAM_TABLES: [&str; 3] = ["channels", "metric_points", "metric_snapshots"];
+/// Tables whose rows go with their team, besides keys and memberships. What teams used stays: it may still have to be
+/// paid.
+const TEAM_TABLES: [&str; 2] = ["channels", "metric_snapshots"];
 
 /// What became of an account's deletion.
 #[must_use = "teams that went with the account have to be emptied"]
@@ -135,7 +133,7 @@ impl Store {
             .exec(&self.db)
             .await?;
         for table in TEAM_TABLES {
-            self.purge_table(table, id).await?;
+            self.purge_table(table, Expr::col("team_id").eq(id.0)).await?;
         }
         membership::Entity::delete_many()
             .filter(membership::Column::TeamId.eq(id.0))
@@ -144,24 +142,24 @@ impl Store {
         Ok(keys.into_iter().map(KeyId).collect())
     }
 
-    async fn purge_table(&self, table: &'static str, id: TeamId) -> Result<(), DbErr> {
-        let schema = SchemaManager::new(&self.db);
-        if !schema.has_table(table).await? {
-            return Ok(());
-        }
-        let mut delete = Query::delete().from_table(table).to_owned();
-        if schema.has_column(table, "team_id").await? {
-            delete.and_where(Expr::col("team_id").eq(id.0));
-        } else {
-            let sandboxes = Query::select()
-                .column(sandbox::Column::Id)
-                .from(sandbox::Entity)
-                .and_where(sandbox::Column::TeamId.eq(id.0))
-                .to_owned();
-            delete.and_where(Expr::col("sandbox_id").in_subquery(sandboxes));
-        }
+    async fn purge_table(&self, table: &'static str, rows: Expr) -> Result<(), DbErr> {
+        let delete = Query::delete().from_table(table).and_where(rows).to_owned();
         let statement = self.db.get_database_backend().build(&delete);
         self.db.execute_raw(statement).await.map(drop)
+    }
+
+    /// Removes what was written for a team after it had been emptied: a sample that was under way, say.
+    pub(crate) async fn deleted_teams_forget(&self) -> Result<(), DbErr> {
+        for table in TEAM_TABLES {
+            let deleted = Query::select()
+                .column(team::Column::Id)
+                .from(team::Entity)
+                .and_where(team::Column::DeletedAt.is_not_null())
+                .to_owned();
+            self.purge_table(table, Expr::col("team_id").in_subquery(deleted))
+                .await?;
+        }
+        Ok(())
     }
 
     /// A team's sandboxes that are not stopped, oldest first, up to a page after the given one.
@@ -325,72 +323,38 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn rows_go_by_team_or_by_sandbox_and_absent_tables_have_none() {
-        let dir = tempfile::tempdir().expect("a directory");
-        let store = Store::open(None, dir.path(), &crate::extension::Extensions::default())
-            .await
-            .expect("a store");
-        let owner = store
-            .user_with_team("a@b.c", "A", None, "aaaaaa-aaaaaa")
-            .await
-            .expect("a user");
-        let (team, _) = store
-            .team_create("Goes", "bbbbbb-bbbbbb", owner)
-            .await
-            .expect("a database")
-            .expect("a team");
-        let other = TeamId::new();
-        let sandbox = SandboxId::new();
-        let run = async |statement: sea_orm::Statement| store.db.execute_raw(statement).await.expect("run");
-        for sql in [
-            "CREATE TABLE by_team (team_id BLOB)",
-            "CREATE TABLE by_sandbox (sandbox_id BLOB)",
-        ] {
-            store.db.execute_unprepared(sql).await.expect("run");
-        }
-        let backend = store.db.get_database_backend();
-        run(sea_orm::Statement::from_sql_and_values(
-            backend,
-            "INSERT INTO by_team VALUES (?), (?)",
-            [team.0.into(), other.0.into()],
-        ))
-        .await;
-        run(sea_orm::Statement::from_sql_and_values(
-            backend,
-            "INSERT INTO by_sandbox VALUES (?), (?)",
-            [sandbox.0.into(), SandboxId::new().0.into()],
-        ))
-        .await;
-        let now = now();
-        run(sea_orm::Statement::from_sql_and_values(
-            backend,
-            "INSERT INTO sandboxes (id, team_id, template_id, template_team_id, template_name, status, generation, vcpus, \
-             memory_mb, disk_size_mb, timeout_sec, metadata, envs, created_at, updated_at, status_at) \
-             VALUES (?, ?, ?, ?, 't', 'stopped', 1, 1, 1, 1, 0, '{}', '{}', ?, ?, ?)",
-            [
-                sandbox.0.into(),
-                team.0.into(),
-                TemplateId::MINIMAL.0.into(),
-                TeamId::PLATFORM.0.into(),
-                now.into(),
-                now.into(),
-                now.into(),
-            ],
-        ))
-        .await;
-        for table in ["by_team", "by_sandbox", "absent"] {
-            store.purge_table(table, team).await.expect("purged");
-        }
-        for table in ["by_team", "by_sandbox"] {
-            let left = store
-                .db
-                .query_all_raw(sea_orm::Statement::from_string(
-                    backend,
-                    format!("SELECT * FROM {table}"),
-                ))
+    async fn only_the_team_s_own_rows_go() {
+        let (_dir, store, owner) = Store::scratch("aaaaaa-aaaaaa").await;
+        let mut teams = Vec::new();
+        for slug in ["bbbbbb-bbbbbb", "cccccc-cccccc"] {
+            let (team, _) = store
+                .team_create("T", slug, owner)
                 .await
-                .expect("rows");
-            assert_eq!(left.len(), 1, "{table}");
+                .expect("a database")
+                .expect("a team");
+            for sql in [
+                "INSERT INTO channels (id, team_id, name, provider, config, events, created_at, updated_at) \
+                 VALUES (?, ?, 'c', 'slack', '', '[]', 0, 0)",
+                "INSERT INTO metric_snapshots (team_id, width_ms, at, running_count, vcpus, memory_mb) \
+                 VALUES (?2, 10000, 0, 1, 1, 1)",
+            ] {
+                let values = [uuid::Uuid::now_v7().into(), team.0.into()];
+                let statement =
+                    sea_orm::Statement::from_sql_and_values(store.db.get_database_backend(), sql, values);
+                store.db.execute_raw(statement).await.expect("a row");
+            }
+            teams.push(team);
+        }
+        store.team_purge_rows(teams[0]).await.expect("purged");
+        for table in TEAM_TABLES {
+            let query = Query::select().column("team_id").from(table).to_owned();
+            let statement = store.db.get_database_backend().build(&query);
+            let left = store.db.query_all_raw(statement).await.expect("rows");
+            let left: Vec<uuid::Uuid> = left
+                .iter()
+                .map(|row| row.try_get("", "team_id").expect("an id"))
+                .collect();
+            assert_eq!(left, [teams[1].0], "{table}");
         }
         store.close().await.expect("closed");
     }

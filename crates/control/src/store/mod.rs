@@ -35,7 +35,7 @@ use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbE
 
 use crate::extension::Extensions;
 
-pub(crate) use accounts::NewTeamKey;
+pub(crate) use accounts::NewKey;
 pub use audit::AuditFilter;
 pub(crate) use channels::{Delivery, DeliveryEnd};
 pub(crate) use hosts::HostRegistration;
@@ -110,6 +110,32 @@ impl Store {
     /// Closes all connections.
     pub(crate) async fn close(self) -> Result<(), DbErr> {
         self.db.close().await
+    }
+}
+
+#[cfg(test)]
+impl Store {
+    /// A store in a folder of its own, with a user whose team has this slug.
+    pub(crate) async fn scratch(slug: &str) -> (tempfile::TempDir, Self, crate::domain::UserId) {
+        let dir = tempfile::tempdir().expect("a directory");
+        let store = Self::open(None, dir.path(), &Extensions::default())
+            .await
+            .expect("a store");
+        let new = NewAccount {
+            email: "a@b.c",
+            name: "A",
+            password_hash: None,
+            status: crate::domain::account::UserStatus::Active,
+            email_verified: false,
+            platform_admin: false,
+            team_name: "A",
+            slug,
+            identity: None,
+        };
+        match store.sign_up(new).await.expect("a database") {
+            SignUpOutcome::Created(owner, _) => (dir, store, owner),
+            outcome => panic!("{outcome:?}"),
+        }
     }
 }
 

@@ -152,7 +152,13 @@ fn live_users() -> SelectStatement {
         .to_owned()
 }
 
-fn member(user: UserId, team: TeamId, role: Role, is_default: bool, now: Millis) -> membership::ActiveModel {
+pub(super) fn member(
+    user: UserId,
+    team: TeamId,
+    role: Role,
+    is_default: bool,
+    now: Millis,
+) -> membership::ActiveModel {
     membership::ActiveModel {
         user_id: Set(user.0),
         team_id: Set(team.0),
@@ -183,73 +189,6 @@ impl Store {
         }
         transaction.commit().await?;
         Ok(Some((id, now)))
-    }
-
-    /// Whether an account has this address, also one that is being deleted.
-    pub(crate) async fn email_taken(&self, email: &str) -> Result<bool, DbErr> {
-        Ok(user::Entity::find()
-            .filter(user::Column::Email.eq(email))
-            .count(&self.db)
-            .await?
-            > 0)
-    }
-
-    /// Creates an active user with a default team of their own, all or nothing.
-    pub(crate) async fn user_with_team(
-        &self,
-        email: &str,
-        name: &str,
-        password_hash: Option<&str>,
-        slug: &str,
-    ) -> Result<UserId, DbErr> {
-        let (id, team, now) = (UserId::new(), TeamId::new(), now());
-        let transaction = self.db.begin().await?;
-        user::ActiveModel {
-            id: Set(id.0),
-            email: Set(email.to_owned()),
-            name: Set(name.to_owned()),
-            password_hash: Set(password_hash.map(str::to_owned)),
-            is_admin: Set(false),
-            status: Set(super::admin::ACTIVE.to_owned()),
-            created_at: Set(now),
-            updated_at: Set(now),
-            ..Default::default()
-        }
-        .insert(&transaction)
-        .await?;
-        team_row(team, name, slug, now).insert(&transaction).await?;
-        member(id, team, Role::Owner, true, now)
-            .insert(&transaction)
-            .await?;
-        transaction.commit().await?;
-        Ok(id)
-    }
-
-    /// A live user's name, the version of their sessions, and their default team, or else the first that lives.
-    pub(crate) async fn user_for_session(
-        &self,
-        id: UserId,
-    ) -> Result<Option<(String, i32, Option<(TeamId, Role)>)>, DbErr> {
-        let Some(row) = user::Entity::find_by_id(id.0)
-            .filter(user::Column::DeletedAt.is_null())
-            .one(&self.db)
-            .await?
-        else {
-            return Ok(None);
-        };
-        let mut query = teams_of(id);
-        query
-            .order_by(
-                (membership::Entity, membership::Column::IsDefault),
-                sea_orm::Order::Desc,
-            )
-            .order_by((team::Entity, team::Column::Id), sea_orm::Order::Asc)
-            .limit(1);
-        let team = rows::<TeamRow>(&self.db, &query).await?.into_iter().next();
-        let team = team
-            .map(|row| Ok::<_, DbErr>((TeamId(row.id), role(&row.role)?)))
-            .transpose()?;
-        Ok(Some((row.name, row.session_version, team)))
     }
 
     /// One team, if it lives and the user is in it.
@@ -489,7 +428,6 @@ pub(super) fn team_row(id: TeamId, name: &str, slug: &str, now: Millis) -> team:
         name: Set(name.to_owned()),
         slug: Set(slug.to_owned()),
         created_at: Set(now),
-        deleted_at: Set(None),
         ..Default::default()
     }
 }

@@ -167,18 +167,6 @@ impl Store {
         Ok(result.rows_affected())
     }
 
-    /// Removes the samples and channels of teams that were deleted. (A deleted team's row stays, so no foreign
-    /// key does it.) What they used stays: it may still have to be paid.
-    pub(crate) async fn deleted_teams_forget(&self) -> Result<(), DbErr> {
-        for table in ["metric_snapshots", "channels"] {
-            let sql = format!(
-                "DELETE FROM {table} WHERE team_id IN (SELECT id FROM teams WHERE deleted_at IS NOT NULL)"
-            );
-            self.db.execute_raw(self.raw(&sql, Vec::new())).await?;
-        }
-        Ok(())
-    }
-
     /// What a team holds at the moment.
     pub(crate) async fn held_now(&self, team: TeamId) -> Result<Held, DbErr> {
         let sql = format!(

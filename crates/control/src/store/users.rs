@@ -8,6 +8,7 @@ use sea_orm::{
 };
 
 use super::entity::{email_token, membership, oauth_identity, team, user};
+use super::teams::{member, team_row};
 use super::{Outcome, Store, is_duplicate};
 use crate::domain::account::{Account, MailPurpose, UserStatus};
 use crate::domain::{Millis, Role, TeamId, UserId, now};
@@ -76,6 +77,23 @@ impl From<user::Model> for Account {
     }
 }
 
+pub(super) fn user_row(id: UserId, new: &NewAccount<'_>, now: Millis) -> user::ActiveModel {
+    user::ActiveModel {
+        id: Set(id.0),
+        email: Set(new.email.to_owned()),
+        name: Set(new.name.to_owned()),
+        password_hash: Set(new.password_hash.map(str::to_owned)),
+        is_admin: Set(new.platform_admin),
+        status: Set(new.status.as_str().to_owned()),
+        created_at: Set(now),
+        updated_at: Set(now),
+        session_version: Set(0),
+        deleted_at: Set(None),
+        last_login_at: Set(None),
+        email_verified_at: Set(new.email_verified.then_some(now)),
+    }
+}
+
 impl Store {
     /// The account of an address (lower case), unless it is deleted.
     pub(crate) async fn account_by_email(&self, email: &str) -> Result<Option<Account>, DbErr> {
@@ -101,50 +119,23 @@ impl Store {
         let (user, team, now) = (UserId::new(), TeamId::new(), now());
         // Dropped without a commit, a transaction is rolled back.
         let transaction = self.db.begin().await?;
-        let inserted = user::ActiveModel {
-            id: Set(user.0),
-            email: Set(new.email.to_owned()),
-            name: Set(new.name.to_owned()),
-            password_hash: Set(new.password_hash.map(str::to_owned)),
-            is_admin: Set(new.platform_admin),
-            status: Set(new.status.as_str().to_owned()),
-            created_at: Set(now),
-            updated_at: Set(now),
-            session_version: Set(0),
-            deleted_at: Set(None),
-            last_login_at: Set(None),
-            email_verified_at: Set(new.email_verified.then_some(now)),
-        }
-        .insert(&transaction)
-        .await;
+        let inserted = user_row(user, &new, now).insert(&transaction).await;
         match inserted {
             Ok(_) => {}
             Err(error) if is_duplicate(&error) => return Ok(SignUpOutcome::EmailTaken),
             Err(error) => return Err(error),
         }
-        let inserted = team::ActiveModel {
-            id: Set(team.0),
-            name: Set(new.team_name.to_owned()),
-            slug: Set(new.slug.to_owned()),
-            created_at: Set(now),
-            ..Default::default()
-        }
-        .insert(&transaction)
-        .await;
+        let inserted = team_row(team, new.team_name, new.slug, now)
+            .insert(&transaction)
+            .await;
         match inserted {
             Ok(_) => {}
             Err(error) if is_duplicate(&error) => return Ok(SignUpOutcome::SlugTaken),
             Err(error) => return Err(error),
         }
-        membership::ActiveModel {
-            user_id: Set(user.0),
-            team_id: Set(team.0),
-            role: Set(Role::Owner.as_str().to_owned()),
-            is_default: Set(true),
-            created_at: Set(now),
-        }
-        .insert(&transaction)
-        .await?;
+        member(user, team, Role::Owner, true, now)
+            .insert(&transaction)
+            .await?;
         if let Some(identity) = new.identity
             && !insert_identity(&transaction, user, identity, now).await?
         {

@@ -3,7 +3,7 @@
 use wrenn_proto::rest::Secret;
 
 use super::{Person, UserStatus, acceptable, known_form, new_email, person_name};
-use crate::domain::UserId;
+use crate::domain::{TeamId, UserId};
 use crate::service::Services;
 use crate::store::Outcome;
 use crate::{Error, Result};
@@ -42,6 +42,43 @@ impl Services {
         };
         let (user, _) = self.create_account(person, None).await?;
         Ok(user)
+    }
+
+    /// Creates an active user with a team of their own and of their name, for operators and tests; people sign up.
+    pub async fn create_user(&self, email: &str, name: &str, password_hash: Option<&str>) -> Result<UserId> {
+        let email = new_email(email)?;
+        let person = Person {
+            email: &email,
+            name,
+            password_hash,
+            status: UserStatus::Active,
+            email_verified: false,
+            platform_admin: false,
+        };
+        let (user, _) = self.create_account_with_team(person, name, None).await?;
+        Ok(user)
+    }
+
+    /// A session for a user in a team, or in the one that they start in, for operators and tests; people log in.
+    pub async fn issue_session(&self, user: UserId, team: Option<TeamId>) -> Result<String> {
+        let account = self
+            .store
+            .account(user)
+            .await?
+            .ok_or_else(|| Error::not_found("user", user))?;
+        let team = match team {
+            None => self.store.first_team(user).await?,
+            Some(team) => {
+                let row = self
+                    .store
+                    .team_of_user(team, user)
+                    .await?
+                    .ok_or_else(|| Error::not_found("team", team))?;
+                Some((team, row.role))
+            }
+        };
+        self.sessions
+            .issue(user, &account.name, account.session_version, team)
     }
 
     /// Sets an account's password and ends its sessions.

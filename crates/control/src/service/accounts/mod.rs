@@ -340,7 +340,16 @@ impl Services {
         person: Person<'_>,
         identity: Option<NewIdentity<'_>>,
     ) -> Result<(UserId, TeamId)> {
-        let team_name = team_name(person.name);
+        self.create_account_with_team(person, &team_name(person.name), identity)
+            .await
+    }
+
+    async fn create_account_with_team(
+        &self,
+        person: Person<'_>,
+        team_name: &str,
+        identity: Option<NewIdentity<'_>>,
+    ) -> Result<(UserId, TeamId)> {
         for _ in 0..SLUG_ATTEMPTS {
             let slug = super::bootstrap::new_slug()?;
             let Person {
@@ -358,7 +367,7 @@ impl Services {
                 status,
                 email_verified,
                 platform_admin,
-                team_name: &team_name,
+                team_name,
                 slug: &slug,
                 identity,
             };
