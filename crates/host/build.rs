@@ -12,6 +12,7 @@ fn main() {
         "crates/envd/Cargo.toml",
         "crates/proto/src",
         "crates/proto/proto",
+        "Cargo.toml",
         "Cargo.lock",
     ] {
         println!("cargo:rerun-if-changed={}", workspace.join(input).display());

@@ -1,64 +1,16 @@
-//! Every call of this crate that the compiler cannot check, each behind a safe function.
+//! The calls of this crate that the compiler cannot check, each behind a safe function; those between the agent and a
+//! program that it starts are in [`crate::process`].
 #![expect(
     unsafe_code,
-    reason = "the hook between fork and exec, registration of descriptors, and an ioctl without a safe wrapper"
+    reason = "registration of descriptors, and an ioctl without a safe wrapper"
 )]
 
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt;
-use std::process::Command;
 
-use rustix::fs::{Mode, OFlags};
 use rustix::ioctl;
-use rustix::process::{Gid, Uid};
 use tokio::io::unix::AsyncFd;
-
-/// Whom a child process becomes.
-#[derive(Debug, Clone)]
-pub(crate) struct Credentials {
-    pub(crate) uid: u32,
-    pub(crate) gid: u32,
-    pub(crate) groups: Vec<u32>,
-}
-
-/// Makes the command, once started, the leader of its own session (so that it can be signalled as a whole),
-/// gives it the terminal on its standard input when `terminal` is set, and drops to `credentials`.
-pub(crate) fn prepare_child(command: &mut Command, credentials: Option<&Credentials>, terminal: bool) {
-    let credentials = credentials.map(|wanted| {
-        let groups: Vec<Gid> = wanted.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
-        (Uid::from_raw(wanted.uid), Gid::from_raw(wanted.gid), groups)
-    });
-    let in_child = move || -> io::Result<()> {
-        rustix::process::setsid()?;
-        if terminal {
-            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
-        }
-        rustix::process::umask(Mode::from_raw_mode(0o022));
-        // The agent is protected from the kernel's out-of-memory killer; what it starts must not be.
-        if let Ok(file) = rustix::fs::open(
-            c"/proc/self/oom_score_adj",
-            OFlags::WRONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        ) {
-            let _ = rustix::io::write(&file, b"100");
-        }
-        if let Some((uid, gid, groups)) = &credentials {
-            // These act on the calling thread, which is the only one between fork and exec.
-            rustix::thread::set_thread_groups(groups)?;
-            rustix::thread::set_thread_res_gid(*gid, *gid, *gid)?;
-            rustix::thread::set_thread_res_uid(*uid, *uid, *uid)?;
-        }
-        Ok(())
-    };
-    // SAFETY: between fork and exec only async-signal-safe operations are allowed. The closure makes bare
-    // system calls through rustix's raw backend with arguments prepared before the fork; it neither allocates
-    // nor takes locks.
-    unsafe {
-        command.pre_exec(in_child);
-    }
-}
 
 /// Registers a descriptor with the runtime, to be told when it can be read or written.
 pub(crate) fn watch_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {

@@ -8,8 +8,6 @@ use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
 
-use crate::unsafe_calls::Credentials;
-
 /// More than any sane account file holds.
 const MAX_FILE: u64 = 4 * 1024 * 1024;
 
@@ -23,6 +21,14 @@ pub(crate) struct User {
     pub(crate) groups: Vec<u32>,
     pub(crate) home: PathBuf,
     pub(crate) shell: String,
+}
+
+/// Whom a process runs as.
+#[derive(Debug, Clone)]
+pub(crate) struct Credentials {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
+    pub(crate) groups: Vec<u32>,
 }
 
 impl User {
@@ -71,7 +77,8 @@ impl Names {
 }
 
 fn read(path: &str) -> String {
-    let mut text = Vec::new();
+    // Room for the usual file: without it, it is read in many small pieces.
+    let mut text = Vec::with_capacity(8 * 1024);
     if let Ok(file) = File::open(path) {
         let _ = file.take(MAX_FILE).read_to_end(&mut text);
     }

@@ -13,6 +13,11 @@ pub const ENVD_VERSION: &str = "0.6.13";
 /// Header that carries the sandbox's access token.
 pub const ACCESS_TOKEN_HEADER: &str = "x-access-token";
 
+/// Header of a process's event stream by whose caller only the whole counts: for so many milliseconds, or until the
+/// process ends, its first events are held back and sent together. Each packet of its own costs an emulated guest a
+/// millisecond.
+pub const GATHER_HEADER: &str = "wrenn-gather-ms";
+
 /// Kernel command line keys that the guest's init reads.
 pub mod cmdline {
     /// Block device of the root filesystem, for example `/dev/vda`.

@@ -16,6 +16,7 @@
 //!   grandchildren still write afterwards is waited for only as long as it keeps coming ([`pump`]).
 //! - An ended process leaves the table; its exit is kept for late subscribers ([`table`]).
 
+mod child;
 mod pump;
 pub(crate) mod service;
 mod session;

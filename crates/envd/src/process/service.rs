@@ -27,7 +27,7 @@ use wrenn_proto::process::{
 };
 
 use super::spawn::{self, AsyncPipe, Input, Plan, TerminalSize, check_environment};
-use super::stream::{event_stream, keepalive_interval};
+use super::stream::event_stream;
 use super::table::{Process, Selector};
 use crate::files::paths;
 use crate::state::Agent;
@@ -243,15 +243,12 @@ impl wire::Process for ProcessService {
             .processes
             .connect(&selector)
             .ok_or_else(|| no_such_process(&selector))?;
-        Response::ok(event_stream(
-            events,
-            keepalive_interval(ctx.headers()),
-            deadline(&ctx),
-            |event| ConnectResponse {
+        Response::ok(event_stream(events, ctx.headers(), deadline(&ctx), |event| {
+            ConnectResponse {
                 event: event.into(),
                 ..Default::default()
-            },
-        ))
+            }
+        }))
     }
 
     async fn start(
@@ -271,15 +268,12 @@ impl wire::Process for ProcessService {
                 _ => ConnectError::resource_exhausted(message),
             }
         })?;
-        Response::ok(event_stream(
-            events,
-            keepalive_interval(ctx.headers()),
-            deadline(&ctx),
-            |event| StartResponse {
+        Response::ok(event_stream(events, ctx.headers(), deadline(&ctx), |event| {
+            StartResponse {
                 event: event.into(),
                 ..Default::default()
-            },
-        ))
+            }
+        }))
     }
 
     async fn update<'a>(

@@ -1,14 +1,14 @@
 //! Starting a process.
 
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 use std::sync::Arc;
 
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open};
+use rustix::process::{PidfdFlags, Signal, WaitOptions, pidfd_open, waitpid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
@@ -16,10 +16,11 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use wrenn_proto::process::ProcessConfig;
 
+use super::child::Program;
 use super::pump;
 use super::table::{Event, Process, ProcessTable, Source};
 use crate::logging::log;
-use crate::unsafe_calls::{prepare_child, watch_fd};
+use crate::unsafe_calls::watch_fd;
 use crate::users::User;
 
 /// A pipe's or terminal's end on the agent's side.
@@ -94,18 +95,20 @@ struct Streams {
 
 /// Starts the process and everything that looks after it; returns the first subscription to its events.
 pub(crate) fn start(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<mpsc::Receiver<Event>> {
-    let mut command = command(&plan);
-    let streams = match plan.terminal {
-        Some(size) => attach_terminal(&mut command, size, &plan.user)?,
-        None => attach_pipes(&mut command, plan.stdin)?,
+    let (stdio, streams) = match plan.terminal {
+        Some(size) => terminal(size, &plan.user)?,
+        None => pipes(plan.stdin)?,
     };
-    let child = command.spawn()?;
-    // The command holds the child's ends, which would keep the pipes open.
-    drop(command);
-    let pid = i32::try_from(child.id())
-        .ok()
-        .and_then(Pid::from_raw)
-        .ok_or(io::ErrorKind::InvalidData)?;
+    let pid = Program {
+        cmd: &plan.config.cmd,
+        args: &plan.config.args,
+        env: environment(&plan),
+        cwd: &plan.cwd,
+        stdio,
+        terminal: plan.terminal.is_some(),
+        credentials: plan.user.credentials(),
+    }
+    .start()?;
     let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK)
         .map_err(io::Error::from)
         .and_then(watch_fd);
@@ -114,8 +117,7 @@ pub(crate) fn start(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<mpsc::R
         Err(error) => {
             // Nobody would ever learn of its end, so it must not live. SIGKILL makes this wait short.
             super::session::signal(pid, Signal::KILL);
-            let mut child = child;
-            let _ = child.wait();
+            let _ = waitpid(Some(pid), WaitOptions::empty());
             return Err(error);
         }
     };
@@ -131,50 +133,47 @@ pub(crate) fn start(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<mpsc::R
     Ok(events)
 }
 
-fn command(plan: &Plan) -> Command {
+/// The agent's own search path and the user's account, then what the sandbox and the request say: later ones win.
+fn environment(plan: &Plan) -> Vec<(String, String)> {
     let user = &plan.user;
-    let mut command = Command::new(&plan.config.cmd);
-    command.args(&plan.config.args).env_clear();
-    let path = std::env::var_os("PATH").filter(|path| !path.is_empty());
-    command.env(
-        "PATH",
-        path.unwrap_or_else(|| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into()),
-    );
-    command
-        .env("HOME", &user.home)
-        .env("USER", &user.name)
-        .env("LOGNAME", &user.name)
-        .env("SHELL", &user.shell);
+    let path = std::env::var("PATH").ok().filter(|path| !path.is_empty());
+    let path = path.unwrap_or_else(|| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into());
+    let mut variables = BTreeMap::from([
+        ("PATH".to_owned(), path),
+        ("HOME".to_owned(), user.home.to_string_lossy().into_owned()),
+        ("USER".to_owned(), user.name.clone()),
+        ("LOGNAME".to_owned(), user.name.clone()),
+        ("SHELL".to_owned(), user.shell.clone()),
+    ]);
     if plan.terminal.is_some() {
-        command.env("TERM", "xterm-256color");
+        variables.insert("TERM".to_owned(), "xterm-256color".to_owned());
     }
-    command.envs(&plan.sandbox_env).envs(&plan.config.envs);
-    command.current_dir(&plan.cwd);
-    prepare_child(&mut command, user.credentials().as_ref(), plan.terminal.is_some());
-    command
+    for (name, value) in plan.sandbox_env.iter().chain(&plan.config.envs) {
+        variables.insert(name.clone(), value.clone());
+    }
+    variables.into_iter().collect()
 }
 
-fn attach_pipes(command: &mut Command, stdin: bool) -> io::Result<Streams> {
-    let input = if stdin {
+/// What a process reads from and writes to, and the agent's ends of that.
+type Stdio = ([OwnedFd; 3], Streams);
+
+fn pipes(stdin: bool) -> io::Result<Stdio> {
+    let (theirs_in, input) = if stdin {
         let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC)?;
-        command.stdin(theirs);
-        Input::Pipe(nonblocking(ours)?)
+        (theirs, Input::Pipe(nonblocking(ours)?))
     } else {
-        command.stdin(Stdio::null());
-        Input::Closed
+        (File::open("/dev/null")?.into(), Input::Closed)
     };
-    let (stdout, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
-    command.stdout(theirs);
-    let (stderr, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
-    command.stderr(theirs);
+    let (stdout, theirs_out) = pipe_with(PipeFlags::CLOEXEC)?;
+    let (stderr, theirs_err) = pipe_with(PipeFlags::CLOEXEC)?;
     let outputs = vec![
         (Arc::new(nonblocking(stdout)?), Source::Stdout),
         (Arc::new(nonblocking(stderr)?), Source::Stderr),
     ];
-    Ok(Streams { input, outputs })
+    Ok(([theirs_in, theirs_out, theirs_err], Streams { input, outputs }))
 }
 
-fn attach_terminal(command: &mut Command, size: TerminalSize, user: &User) -> io::Result<Streams> {
+fn terminal(size: TerminalSize, user: &User) -> io::Result<Stdio> {
     let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
     let master = openpt(flags)?;
     unlockpt(&master)?;
@@ -185,15 +184,15 @@ fn attach_terminal(command: &mut Command, size: TerminalSize, user: &User) -> io
         let owner = rustix::process::Uid::from_raw(user.uid);
         rustix::fs::fchown(&slave, Some(owner), None)?;
     }
-    command
-        .stdin(slave.try_clone()?)
-        .stdout(slave.try_clone()?)
-        .stderr(slave);
+    let stdio = [slave.try_clone()?, slave.try_clone()?, slave];
     let master = Arc::new(nonblocking(master)?);
-    Ok(Streams {
-        input: Input::Terminal(master.clone()),
-        outputs: vec![(master, Source::Terminal)],
-    })
+    Ok((
+        stdio,
+        Streams {
+            input: Input::Terminal(master.clone()),
+            outputs: vec![(master, Source::Terminal)],
+        },
+    ))
 }
 
 fn nonblocking(fd: OwnedFd) -> io::Result<AsyncPipe> {

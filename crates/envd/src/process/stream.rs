@@ -1,11 +1,13 @@
 //! Turns a subscription into the event stream of `Start` and `Connect`.
 
+use std::collections::VecDeque;
 use std::time::Duration;
 
 use connectrpc::{ConnectError, ServiceStream};
 use http::HeaderMap;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use wrenn_proto::guest::GATHER_HEADER;
 use wrenn_proto::process::__buffa::oneof::process_event::data_event::Output;
 use wrenn_proto::process::ProcessEvent;
 use wrenn_proto::process::process_event::{DataEvent, EndEvent, KeepAlive, StartEvent};
@@ -13,6 +15,10 @@ use wrenn_proto::process::process_event::{DataEvent, EndEvent, KeepAlive, StartE
 use super::table::{Event, Exit, Source};
 
 const DEFAULT_KEEPALIVE: Duration = Duration::from_secs(90);
+/// The longest that first events are held back.
+const MAX_GATHER: Duration = Duration::from_secs(1);
+/// The most events that are held back; chunks of output are bounded themselves.
+const MAX_GATHERED: usize = 8;
 
 /// How often a silent stream carries a sign of life, in seconds, as the client asks for it.
 pub(crate) fn keepalive_interval(headers: &HeaderMap) -> Duration {
@@ -25,6 +31,12 @@ pub(crate) fn keepalive_interval(headers: &HeaderMap) -> Duration {
         })
 }
 
+/// How long the client lets the first events wait for one another ([`GATHER_HEADER`]).
+pub(super) fn gathering(headers: &HeaderMap) -> Option<Duration> {
+    let millis = headers.get(GATHER_HEADER)?.to_str().ok()?.parse().ok()?;
+    Some(Duration::from_millis(millis).min(MAX_GATHER))
+}
+
 /// The error of a stream whose deadline has passed.
 pub(crate) fn deadline_error() -> ConnectError {
     ConnectError::deadline_exceeded("the request's deadline has passed")
@@ -32,6 +44,9 @@ pub(crate) fn deadline_error() -> ConnectError {
 
 struct Subscription<R> {
     events: mpsc::Receiver<Event>,
+    /// Until the first events have been gathered.
+    gather: Option<Duration>,
+    gathered: VecDeque<Event>,
     keepalive: Duration,
     deadline: Option<Instant>,
     wrap: fn(ProcessEvent) -> R,
@@ -41,12 +56,15 @@ struct Subscription<R> {
 /// The stream ends after the end event, or with an error at the deadline.
 pub(super) fn event_stream<R: Send + 'static>(
     events: mpsc::Receiver<Event>,
-    keepalive: Duration,
+    headers: &HeaderMap,
     deadline: Option<Instant>,
     wrap: fn(ProcessEvent) -> R,
 ) -> ServiceStream<R> {
+    let keepalive = keepalive_interval(headers);
     let subscription = Subscription {
         events,
+        gather: gathering(headers),
+        gathered: VecDeque::new(),
         keepalive,
         deadline,
         wrap,
@@ -63,8 +81,9 @@ impl<R> Subscription<R> {
         if self.done {
             return None;
         }
+        let (deadline, keepalive) = (self.deadline, self.keepalive);
         let deadline = async {
-            match self.deadline {
+            match deadline {
                 Some(deadline) => tokio::time::sleep_until(deadline).await,
                 None => std::future::pending().await,
             }
@@ -76,12 +95,31 @@ impl<R> Subscription<R> {
                 self.done = true;
                 Some(Err(deadline_error()))
             }
-            event = self.events.recv() => {
+            event = self.event() => {
                 let event = event?;
                 self.done = matches!(event, Event::End(_));
                 Some(Ok((self.wrap)(encode(event))))
             }
-            () = tokio::time::sleep(self.keepalive) => Some(Ok((self.wrap)(event_of(KeepAlive::default())))),
+            () = tokio::time::sleep(keepalive) => Some(Ok((self.wrap)(event_of(KeepAlive::default())))),
+        }
+    }
+}
+
+impl<R> Subscription<R> {
+    /// The next event. Cancelling it loses none.
+    async fn event(&mut self) -> Option<Event> {
+        if let Some(wait) = self.gather.take() {
+            let until = Instant::now() + wait;
+            while self.gathered.len() < MAX_GATHERED
+                && !matches!(self.gathered.back(), Some(Event::End(_)))
+                && let Ok(Some(event)) = tokio::time::timeout_at(until, self.events.recv()).await
+            {
+                self.gathered.push_back(event);
+            }
+        }
+        match self.gathered.pop_front() {
+            Some(event) => Some(event),
+            None => self.events.recv().await,
         }
     }
 }
@@ -175,6 +213,37 @@ mod tests {
             (exit.exit_code, exit.exited, exit.status.as_str()),
             (-1, false, "signal: killed")
         );
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn first_events_wait_for_one_another_when_the_client_lets_them() {
+        let mut headers = HeaderMap::new();
+        headers.insert(GATHER_HEADER, "50".parse().expect("a header value"));
+        let (sender, receiver) = mpsc::channel(4);
+        let mut stream = event_stream(receiver, &headers, None, |event| event);
+        sender.send(Event::Start(7)).await.expect("room");
+        let begun = Instant::now();
+        // Nothing else comes: the wait ends by itself.
+        assert!(futures::StreamExt::next(&mut stream).await.is_some());
+        assert_eq!(begun.elapsed(), Duration::from_millis(50));
+        // Later events are not held back.
+        let begun = Instant::now();
+        sender
+            .send(Event::Data(Source::Stdout, "x".into()))
+            .await
+            .expect("room");
+        assert!(futures::StreamExt::next(&mut stream).await.is_some());
+        assert_eq!(begun.elapsed(), Duration::ZERO);
+
+        let (sender, receiver) = mpsc::channel(4);
+        let stream = event_stream(receiver, &headers, None, |event| event);
+        for event in [Event::Start(7), Event::End(Exit::Code(0))] {
+            sender.send(event).await.expect("room");
+        }
+        // The end makes it whole: no wait.
+        let begun = Instant::now();
+        assert_eq!(futures::StreamExt::collect::<Vec<_>>(stream).await.len(), 2);
+        assert_eq!(begun.elapsed(), Duration::ZERO);
     }
 
     #[test]

@@ -3,7 +3,9 @@
 use std::time::{Duration, Instant};
 
 use connectrpc::ConnectError;
+use connectrpc::client::CallOptions;
 use futures::{Stream, StreamExt as _};
+use wrenn_proto::guest::GATHER_HEADER;
 use wrenn_proto::{hostagent as host, process as envd};
 
 use super::{GuestClient, rpc_error, user_header};
@@ -15,6 +17,12 @@ use host::__buffa::oneof::process_event::Event as HostEvent;
 
 /// Output of a collected exec is cut at this many bytes a stream unless the request says otherwise.
 const DEFAULT_MAX_OUTPUT: u64 = 16 << 20;
+
+/// How long the first events of a collected exec may wait for one another.
+const GATHER_MILLIS: u32 = 100;
+
+/// How long a stream may take to end after a process's exit, which was its last event.
+const STREAM_END: Duration = Duration::from_secs(1);
 
 /// What a collected exec left behind.
 pub(crate) struct Collected {
@@ -37,10 +45,17 @@ impl GuestClient {
         stdin: bool,
         limit: Option<Duration>,
     ) -> Result<Events> {
-        let mut options = user_header(spec.user.as_deref());
-        if let Some(limit) = limit {
-            options = options.with_timeout(limit);
-        }
+        let options = start_options(&spec, limit);
+        self.start_with(spec, pty, stdin, options).await
+    }
+
+    async fn start_with(
+        &self,
+        spec: host::ProcessSpec,
+        pty: Option<host::PtySize>,
+        stdin: bool,
+        options: CallOptions,
+    ) -> Result<Events> {
         let tag = spec.tag.clone().unwrap_or_default();
         let request = envd::StartRequest {
             process: envd::ProcessConfig {
@@ -112,7 +127,11 @@ impl GuestClient {
         })
         .unwrap_or(usize::MAX);
         let started = Instant::now();
-        let mut events = self.start(spec, None, false, limit).await?;
+        let options = start_options(&spec, limit).with_header(
+            http::HeaderName::from_static(GATHER_HEADER),
+            GATHER_MILLIS.to_string(),
+        );
+        let mut events = self.start_with(spec, None, false, options).await?;
         let mut out = Collected {
             pid: 0,
             stdout: Vec::new(),
@@ -129,6 +148,8 @@ impl GuestClient {
                 Some(HostEvent::Exit(exit)) => {
                     out.exit_code = exit.exit_code;
                     out.duration = started.elapsed();
+                    // Only a stream that was read to its end leaves its connection for the next request.
+                    let _ = tokio::time::timeout(STREAM_END, events.next()).await;
                     return Ok(out);
                 }
                 Some(HostEvent::Pty(_) | HostEvent::Keepalive(_)) | None => {}
@@ -234,6 +255,15 @@ impl GuestClient {
             .await
             .map_err(rpc_error)
             .map(drop)
+    }
+}
+
+/// The user and the time limit of a process.
+fn start_options(spec: &host::ProcessSpec, limit: Option<Duration>) -> CallOptions {
+    let options = user_header(spec.user.as_deref());
+    match limit {
+        Some(limit) => options.with_timeout(limit),
+        None => options,
     }
 }
 

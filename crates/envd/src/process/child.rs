@@ -1,0 +1,345 @@
+//! The way from the agent to a running program.
+//!
+//! `fork` copies the agent's page tables, and afterwards every page that either side touches: in an emulated guest
+//! half of what a start costs. So the child borrows the agent's memory until it has become its program, as in the C
+//! library's `posix_spawn`, which itself can neither change users nor give a terminal away. The agent stands still
+//! meanwhile, and the child makes nothing but system calls on memory that was prepared before.
+#![expect(
+    unsafe_code,
+    reason = "the child shares the agent's memory until it becomes its program"
+)]
+
+use std::cell::Cell;
+use std::ffi::{CString, c_char, c_int, c_void};
+use std::io;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::Path;
+use std::ptr;
+
+use rustix::fs::{Mode, OFlags};
+use rustix::process::{Gid, Pid, Uid, WaitOptions};
+
+use crate::users::Credentials;
+
+/// The child's own stack. What it runs needs a fraction of that.
+const STACK: usize = 64 * 1024;
+/// Runs programs that are neither in a known format nor begin with `#!`.
+const SHELL: &std::ffi::CStr = c"/bin/sh";
+
+/// A program to be started.
+pub(super) struct Program<'a> {
+    pub(super) cmd: &'a str,
+    pub(super) args: &'a [String],
+    /// All of its environment. Its `PATH` says where `cmd` is looked for.
+    pub(super) env: Vec<(String, String)>,
+    pub(super) cwd: &'a Path,
+    /// Standard input, output and error.
+    pub(super) stdio: [OwnedFd; 3],
+    /// Standard input is a terminal, which is to be the program's.
+    pub(super) terminal: bool,
+    /// Whom the program runs as, when that is somebody else than the agent.
+    pub(super) credentials: Option<Credentials>,
+}
+
+impl Program<'_> {
+    /// Starts it as the leader of its own session, so that it can be signalled as a whole.
+    ///
+    /// # Errors
+    /// No such program, no permission, or no processes or memory left; nothing is left of the attempt.
+    pub(super) fn start(self) -> io::Result<Pid> {
+        let candidates = self.candidates()?;
+        let argv: Vec<CString> = std::iter::once(self.cmd)
+            .chain(self.args.iter().map(String::as_str))
+            .map(CString::new)
+            .collect::<Result<_, _>>()?;
+        let env: Vec<CString> = self
+            .env
+            .iter()
+            .map(|(name, value)| CString::new(format!("{name}={value}")))
+            .collect::<Result<_, _>>()?;
+        let cwd = CString::new(self.cwd.as_os_str().as_encoded_bytes())?;
+        // Above the three, so that putting one in place cannot close another.
+        let mut stdio = self.stdio;
+        for fd in &mut stdio {
+            if fd.as_raw_fd() <= 2 {
+                *fd = rustix::io::fcntl_dupfd_cloexec(&*fd, 3)?;
+            }
+        }
+        let credentials = self.credentials.map(|wanted| {
+            let groups: Vec<Gid> = wanted.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
+            (Uid::from_raw(wanted.uid), Gid::from_raw(wanted.gid), groups)
+        });
+        // `/bin/sh FILE ARGS…`; the file's name is put in when it is known.
+        let mut script: Vec<*const c_char> = vec![SHELL.as_ptr(), ptr::null()];
+        script.extend(argv.iter().skip(1).map(|arg| arg.as_ptr()));
+        script.push(ptr::null());
+        let plan = Plan {
+            candidates: pointers(&candidates),
+            argv: pointers(&argv),
+            script: script.into_iter().map(Cell::new).collect(),
+            env: pointers(&env),
+            cwd: &cwd,
+            stdio: &stdio,
+            terminal: self.terminal,
+            credentials,
+            failure: Cell::new(0),
+        };
+        let pid = plan.run()?;
+        match plan.failure.get() {
+            0 => Ok(pid),
+            failure => {
+                let _ = rustix::process::waitpid(Some(pid), WaitOptions::empty());
+                Err(io::Error::from_raw_os_error(failure))
+            }
+        }
+    }
+
+    /// Where the program may be, the likeliest place first.
+    fn candidates(&self) -> io::Result<Vec<CString>> {
+        if self.cmd.contains('/') {
+            return Ok(vec![CString::new(self.cmd)?]);
+        }
+        let path = self.env.iter().rev().find(|(name, _)| name == "PATH");
+        let places = path.map_or("/usr/bin:/bin", |(_, path)| path);
+        let candidates: Result<Vec<_>, _> = places
+            .split(':')
+            .map(|place| match place {
+                "" => CString::new(self.cmd),
+                place => CString::new(format!("{place}/{}", self.cmd)),
+            })
+            .collect();
+        Ok(candidates?)
+    }
+}
+
+/// Pointers to the strings, ended by a null: valid as long as the strings are.
+fn pointers(strings: &[CString]) -> Vec<*const c_char> {
+    strings
+        .iter()
+        .map(|string| string.as_ptr())
+        .chain(std::iter::once(ptr::null()))
+        .collect()
+}
+
+/// All that the child reads, and the one number it writes.
+struct Plan<'a> {
+    candidates: Vec<*const c_char>,
+    argv: Vec<*const c_char>,
+    script: Vec<Cell<*const c_char>>,
+    env: Vec<*const c_char>,
+    cwd: &'a CString,
+    stdio: &'a [OwnedFd; 3],
+    terminal: bool,
+    credentials: Option<(Uid, Gid, Vec<Gid>)>,
+    /// Why the child did not become its program; 0 when it did.
+    failure: Cell<c_int>,
+}
+
+impl Plan<'_> {
+    /// Returns when the child has become its program, or has ended.
+    fn run(&self) -> io::Result<Pid> {
+        let mut stack: Vec<u8> = Vec::with_capacity(STACK);
+        // A handler that ran in the child would run on the agent's memory.
+        let blocked = SignalsBlocked::new();
+        // SAFETY: `CLONE_VFORK` keeps this thread in the call, and thus the plan and the stack alive and unwatched, until
+        // the child has left this memory by `execve` or `_exit`. The child runs `in_child` alone, which neither
+        // allocates, locks, nor unwinds. The stack's top is within its allocation, and `clone` aligns it.
+        let pid = unsafe {
+            libc::clone(
+                in_child,
+                stack.as_mut_ptr().add(STACK).cast(),
+                libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD,
+                ptr::from_ref(self).cast_mut().cast(),
+            )
+        };
+        let failure = io::Error::last_os_error();
+        drop(blocked);
+        Pid::from_raw(pid).filter(|_| pid > 0).ok_or(failure)
+    }
+
+    /// In the child: everything up to the program.
+    fn become_program(&self) -> rustix::io::Result<std::convert::Infallible> {
+        rustix::stdio::dup2_stdin(&self.stdio[0])?;
+        rustix::stdio::dup2_stdout(&self.stdio[1])?;
+        rustix::stdio::dup2_stderr(&self.stdio[2])?;
+        rustix::process::setsid()?;
+        if self.terminal {
+            rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
+        }
+        rustix::process::umask(Mode::from_raw_mode(0o022));
+        // The agent is protected from the kernel's out-of-memory killer; what it starts must not be.
+        if let Ok(file) = rustix::fs::open(
+            c"/proc/self/oom_score_adj",
+            OFlags::WRONLY | OFlags::CLOEXEC,
+            Mode::empty(),
+        ) {
+            let _ = rustix::io::write(&file, b"100");
+        }
+        rustix::process::chdir(self.cwd.as_c_str())?;
+        if let Some((uid, gid, groups)) = &self.credentials {
+            // These act on the calling thread, the child's only one.
+            rustix::thread::set_thread_groups(groups)?;
+            rustix::thread::set_thread_res_gid(*gid, *gid, *gid)?;
+            rustix::thread::set_thread_res_uid(*uid, *uid, *uid)?;
+        }
+        restore_signals();
+        Err(self.execute())
+    }
+
+    /// Tries each place. As in a shell, a file that may not be run is remembered while others are tried.
+    fn execute(&self) -> rustix::io::Errno {
+        use rustix::io::Errno;
+        let mut answer = Errno::NOENT;
+        for &candidate in self
+            .candidates
+            .iter()
+            .take_while(|candidate| !candidate.is_null())
+        {
+            match execve(candidate, self.argv.as_ptr(), self.env.as_ptr()) {
+                Errno::NOENT | Errno::NOTDIR => {}
+                Errno::ACCESS => answer = Errno::ACCESS,
+                Errno::NOEXEC => {
+                    self.script[1].set(candidate);
+                    // A cell has the layout of what is in it.
+                    return execve(SHELL.as_ptr(), self.script.as_ptr().cast(), self.env.as_ptr());
+                }
+                other => return other,
+            }
+        }
+        answer
+    }
+}
+
+/// What the child runs.
+extern "C" fn in_child(plan: *mut c_void) -> c_int {
+    // SAFETY: the pointer is the plan of `Plan::run`, which waits in `clone` as long as this runs.
+    let plan = unsafe { &*plan.cast::<Plan<'_>>() };
+    let Err(failure) = plan.become_program();
+    plan.failure.set(failure.raw_os_error());
+    // SAFETY: ends the child without running anything of the agent's.
+    unsafe { libc::_exit(127) }
+}
+
+/// Returns only with an error.
+fn execve(
+    program: *const c_char,
+    argv: *const *const c_char,
+    env: *const *const c_char,
+) -> rustix::io::Errno {
+    // SAFETY: a string and two null-ended arrays of strings, all of which live in the waiting agent. The C library's
+    // error number is the agent's, which does not use it while it waits.
+    unsafe {
+        libc::execve(program, argv, env);
+        rustix::io::Errno::from_raw_os_error(*libc::__errno_location())
+    }
+}
+
+/// Programs begin with no signal blocked, and with a broken pipe ending them (the agent ignores it).
+fn restore_signals() {
+    // SAFETY: plain system calls with initialised arguments; the child's handlers and mask are its own.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+        let mut none = std::mem::zeroed();
+        libc::sigemptyset(&raw mut none);
+        libc::sigprocmask(libc::SIG_SETMASK, &raw const none, ptr::null_mut());
+    }
+}
+
+/// No signal reaches this thread while this lives.
+struct SignalsBlocked(libc::sigset_t);
+
+impl SignalsBlocked {
+    fn new() -> Self {
+        // SAFETY: plain system calls on sets that live here; all-zero is a valid set.
+        unsafe {
+            let (mut all, mut before) = (std::mem::zeroed(), std::mem::zeroed());
+            libc::sigfillset(&raw mut all);
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before);
+            Self(before)
+        }
+    }
+}
+
+impl Drop for SignalsBlocked {
+    fn drop(&mut self) {
+        // SAFETY: restores what was in force.
+        unsafe {
+            libc::pthread_sigmask(libc::SIG_SETMASK, &raw const self.0, ptr::null_mut());
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rustix::pipe::{PipeFlags, pipe_with};
+    use std::io::Read as _;
+
+    fn run(cmd: &str, args: &[&str], env: &[(&str, &str)]) -> io::Result<(String, i32)> {
+        let null = || {
+            std::fs::OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open("/dev/null")
+        };
+        let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
+        let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
+        let pid = Program {
+            cmd,
+            args: &args,
+            env: env
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
+                .collect(),
+            cwd: Path::new("/"),
+            stdio: [null()?.into(), theirs, null()?.into()],
+            terminal: false,
+            credentials: None,
+        }
+        .start()?;
+        let mut output = String::new();
+        std::fs::File::from(ours).read_to_string(&mut output)?;
+        let status = rustix::process::waitpid(Some(pid), WaitOptions::empty())?
+            .expect("it ended")
+            .1;
+        Ok((output, status.exit_status().expect("it exited")))
+    }
+
+    #[test]
+    fn a_program_is_found_in_its_own_path_and_gets_its_environment() {
+        let (output, code) = run(
+            "sh",
+            &["-c", "printf '%s %s' \"$A\" \"$1\"; exit 7", "sh", "two"],
+            &[("PATH", "/nowhere::/bin"), ("A", "one")],
+        )
+        .expect("started");
+        assert_eq!((output.as_str(), code), ("one two", 7));
+    }
+
+    #[test]
+    fn what_cannot_be_started_says_why() {
+        let kind = |cmd: &str, path: &str| {
+            run(cmd, &[], &[("PATH", path)])
+                .expect_err("not a program")
+                .kind()
+        };
+        assert_eq!(kind("no-such-program", "/bin:/usr/bin"), io::ErrorKind::NotFound);
+        assert_eq!(kind("/no/such/program", "/bin"), io::ErrorKind::NotFound);
+        let plain = tempfile::NamedTempFile::new().expect("a file");
+        let plain = plain.path().to_str().expect("a plain path");
+        assert_eq!(kind(plain, "/bin"), io::ErrorKind::PermissionDenied);
+        assert_eq!(kind("a\0b", "/bin"), io::ErrorKind::InvalidInput);
+    }
+
+    #[test]
+    fn a_script_without_a_first_line_is_a_shells() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let folder = tempfile::tempdir().expect("a folder");
+        let script = folder.path().join("script");
+        std::fs::write(&script, "echo \"$0 $1\"\n").expect("written");
+        std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).expect("executable");
+        let name = script.to_str().expect("a plain path");
+        let (output, code) = run(name, &["x"], &[("PATH", "/bin")]).expect("started");
+        assert_eq!((output, code), (format!("{name} x\n"), 0));
+    }
+}
