@@ -16,6 +16,7 @@ use std::fs::File;
 use std::io::{self, BufReader, BufWriter, Read, Write};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::sync::mpsc;
 
 pub(crate) use pagemap::MappedMemory;
 
@@ -23,6 +24,8 @@ pub(crate) const PAGE: usize = 4096;
 const MAGIC: &[u8; 16] = b"wrenn-memdiff-2\n";
 /// Pages handled at once: large enough for few system calls, small enough for the cache.
 const BATCH: u64 = 256;
+/// Batches between the thread that reads and the one that writes.
+const BUFFERS: usize = 4;
 
 /// What saving wrote.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,29 +43,33 @@ pub(crate) fn save(memory: &MappedMemory, path: &Path) -> io::Result<Saved> {
     out.write_all(MAGIC)?;
     out.write_all(&memory.page_count().to_le_bytes())?;
     let mut pages = 0;
-    let mut buffer = vec![0u8; PAGE * BATCH as usize];
-    for_batches(&changed, |first, count| {
-        let bytes = &mut buffer[..PAGE * count as usize];
-        memory.read_pages(first, bytes)?;
-        pages += count;
-        let mut number = first;
-        // Neighbours of one kind, zeros or data, make a run.
-        let mut kinds = bytes.chunks_exact(PAGE).map(is_zero).peekable();
-        let mut rest = &bytes[..];
-        while let Some(zero) = kinds.next() {
-            let mut length = 1;
-            while kinds.next_if_eq(&zero).is_some() {
-                length += 1;
-            }
-            let (run, after) = rest.split_at(PAGE * length);
-            write_run(&mut out, number, length as u32, zero)?;
-            if !zero {
-                out.write_all(run)?;
-            }
-            number += length as u64;
-            rest = after;
+    // One thread reads while this one writes: the guest stands still for the longer of the two, not for both.
+    std::thread::scope(|scope| {
+        let (filled, batches) = mpsc::sync_channel::<(u64, Vec<u8>)>(BUFFERS);
+        let (give_back, free) = mpsc::channel();
+        for _ in 0..BUFFERS {
+            let _ = give_back.send(Vec::new());
         }
-        Ok(())
+        let reader = scope.spawn(|| {
+            // Moved in: they end with the thread, and so does the writer's wait for more.
+            let (filled, free) = (filled, free);
+            for_batches(&changed, |first, count| {
+                let mut bytes: Vec<u8> = free.recv().map_err(|_| io::ErrorKind::BrokenPipe)?;
+                bytes.resize(PAGE * count as usize, 0);
+                memory.read_pages(first, &mut bytes)?;
+                filled
+                    .send((first, bytes))
+                    .map_err(|_| io::ErrorKind::BrokenPipe.into())
+            })
+        });
+        for (first, bytes) in batches {
+            write_batch(&mut out, first, &bytes)?;
+            pages += (bytes.len() / PAGE) as u64;
+            let _ = give_back.send(bytes);
+        }
+        reader
+            .join()
+            .map_err(|_| io::Error::other("the thread that reads the memory ended"))?
     })?;
     write_run(&mut out, 0, 0, true)?;
     let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
@@ -70,6 +77,27 @@ pub(crate) fn save(memory: &MappedMemory, path: &Path) -> io::Result<Saved> {
         pages,
         bytes: file.metadata()?.len(),
     })
+}
+
+/// Neighbours of one kind, zeros or data, make a run.
+fn write_batch(out: &mut impl Write, first: u64, bytes: &[u8]) -> io::Result<()> {
+    let mut number = first;
+    let mut kinds = bytes.chunks_exact(PAGE).map(is_zero).peekable();
+    let mut rest = bytes;
+    while let Some(zero) = kinds.next() {
+        let mut length = 1;
+        while kinds.next_if_eq(&zero).is_some() {
+            length += 1;
+        }
+        let (run, after) = rest.split_at(PAGE * length);
+        write_run(out, number, length as u32, zero)?;
+        if !zero {
+            out.write_all(run)?;
+        }
+        number += length as u64;
+        rest = after;
+    }
+    Ok(())
 }
 
 fn write_run(out: &mut impl Write, first: u64, pages: u32, zero: bool) -> io::Result<()> {
