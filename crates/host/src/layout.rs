@@ -71,7 +71,11 @@ impl Layout {
         ] {
             std::fs::create_dir_all(dir)?;
         }
-        Ok(layout)
+        // The kernel tells where a process works without links and dots; so strays are found by that.
+        Ok(Self {
+            data: layout.data.canonicalize()?,
+            cache: layout.cache.canonicalize()?,
+        })
     }
 
     /// The data directory itself.

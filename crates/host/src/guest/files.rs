@@ -9,7 +9,7 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper::body::Frame;
 use wrenn_proto::{filesystem as envd, hostagent as host};
 
-use super::{GuestClient, empty, request, rpc_error, user_header};
+use super::{FIRST_ANSWER, GuestClient, begins, empty, request, user_header};
 use crate::error::{HostError, Result};
 
 pub(crate) type Chunks = std::pin::Pin<Box<dyn Stream<Item = Result<Bytes>> + Send>>;
@@ -44,7 +44,8 @@ impl GuestClient {
             .http(request(Method::GET, &files_path(path, user), empty()))
             .await?;
         if !answer.status().is_success() {
-            self.expect_success(answer).await?;
+            let refused = tokio::time::timeout(FIRST_ANSWER, self.expect_success(answer)).await;
+            refused.map_err(|_| HostError::Guest("it does not say why it refuses".to_owned()))??;
             return Err(HostError::Guest(
                 "it answered a download with an odd status".to_owned(),
             ));
@@ -61,12 +62,12 @@ impl GuestClient {
             path,
             ..Default::default()
         };
-        let answer = self
-            .inner
-            .filesystem
-            .stat_with_options(request, user_header(user))
-            .await
-            .map_err(rpc_error)?;
+        let answer = begins(
+            self.inner
+                .filesystem
+                .stat_with_options(request, user_header(user)),
+        )
+        .await?;
         Ok(entry(answer.into_owned().entry.into_option().unwrap_or_default()))
     }
 
@@ -82,12 +83,7 @@ impl GuestClient {
             ..Default::default()
         };
         let options: CallOptions = user_header(user);
-        let answer = self
-            .inner
-            .filesystem
-            .list_dir_with_options(request, options)
-            .await
-            .map_err(rpc_error)?;
+        let answer = begins(self.inner.filesystem.list_dir_with_options(request, options)).await?;
         Ok(answer.into_owned().entries.into_iter().map(entry).collect())
     }
 
@@ -96,12 +92,12 @@ impl GuestClient {
             path,
             ..Default::default()
         };
-        let answer = self
-            .inner
-            .filesystem
-            .make_dir_with_options(request, user_header(user))
-            .await
-            .map_err(rpc_error)?;
+        let answer = begins(
+            self.inner
+                .filesystem
+                .make_dir_with_options(request, user_header(user)),
+        )
+        .await?;
         Ok(entry(answer.into_owned().entry.into_option().unwrap_or_default()))
     }
 
@@ -110,12 +106,13 @@ impl GuestClient {
             path,
             ..Default::default()
         };
-        self.inner
-            .filesystem
-            .remove_with_options(request, user_header(user))
-            .await
-            .map_err(rpc_error)
-            .map(drop)
+        begins(
+            self.inner
+                .filesystem
+                .remove_with_options(request, user_header(user)),
+        )
+        .await
+        .map(drop)
     }
 }
 

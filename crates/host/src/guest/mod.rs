@@ -36,6 +36,10 @@ type RawBody = http_body_util::combinators::BoxBody<Bytes, std::io::Error>;
 const MAX_ANSWER: usize = 1 << 20;
 /// Messages of the RPC services: a long directory listing is the largest.
 const MAX_MESSAGE: usize = 32 << 20;
+/// Messages of a process's stream; the agent's own hold at most 32 KiB of output.
+const MAX_EVENT: usize = 1 << 20;
+/// How long a guest may take to begin its answer, and to finish a small one.
+const FIRST_ANSWER: Duration = Duration::from_secs(30);
 
 /// A client of one guest. Cheap to clone; connections are kept and shared.
 #[derive(Clone)]
@@ -75,6 +79,17 @@ impl GuestClient {
                 token,
             }),
         }
+    }
+
+    /// A request with a small answer, all of which has to arrive within `limit`: a guest may send a head and then nothing.
+    async fn ask(&self, request: Request<RawBody>, limit: Duration) -> Result<Bytes> {
+        let answered = async {
+            let answer = self.http(request).await?;
+            self.expect_success(answer).await
+        };
+        tokio::time::timeout(limit, answered)
+            .await
+            .map_err(|_| HostError::Guest(format!("it did not answer whole within {} s", limit.as_secs())))?
     }
 
     async fn http(&self, mut request: Request<RawBody>) -> Result<Response<Incoming>> {
@@ -123,16 +138,14 @@ impl GuestClient {
             http::header::CONTENT_TYPE,
             HeaderValue::from_static("application/json"),
         );
-        let answer = tokio::time::timeout(Duration::from_secs(60), self.http(request))
-            .await
-            .map_err(|_| HostError::Guest("its initialisation does not end".to_owned()))??;
-        self.expect_success(answer).await.map(drop)
+        self.ask(request, Duration::from_secs(60)).await.map(drop)
     }
 
     /// Current use of the guest's processor, memory and disk, as the guest says.
     pub(crate) async fn metrics(&self) -> Result<Metrics> {
-        let answer = self.http(request(Method::GET, "/metrics", empty())).await?;
-        let bytes = self.expect_success(answer).await?;
+        let bytes = self
+            .ask(request(Method::GET, "/metrics", empty()), FIRST_ANSWER)
+            .await?;
         serde_json::from_slice(&bytes)
             .map_err(|error| HostError::Guest(format!("its metrics make no sense: {error}")))
     }
@@ -205,6 +218,17 @@ fn rpc_error(error: ConnectError) -> HostError {
             message: error.message.unwrap_or_default(),
         },
         _ => HostError::Guest(error.to_string()),
+    }
+}
+
+/// The beginning of an answer whose rest may take its time.
+async fn begins<T>(answer: impl Future<Output = Result<T, ConnectError>>) -> Result<T> {
+    match tokio::time::timeout(FIRST_ANSWER, answer).await {
+        Ok(answer) => answer.map_err(rpc_error),
+        Err(_) => Err(HostError::Guest(format!(
+            "it did not begin to answer within {} s",
+            FIRST_ANSWER.as_secs()
+        ))),
     }
 }
 

@@ -8,7 +8,7 @@ use futures::{Stream, StreamExt as _};
 use wrenn_proto::guest::GATHER_HEADER;
 use wrenn_proto::{hostagent as host, process as envd};
 
-use super::{GuestClient, rpc_error, user_header};
+use super::{GuestClient, MAX_EVENT, begins, rpc_error, user_header};
 use crate::error::{HostError, Result};
 
 use envd::__buffa::oneof::process_event::Event as EnvdEvent;
@@ -76,12 +76,8 @@ impl GuestClient {
             stdin: Some(stdin),
             ..Default::default()
         };
-        let stream = self
-            .inner
-            .process
-            .start_with_options(request, options)
-            .await
-            .map_err(rpc_error)?;
+        let options = options.with_max_message_size(MAX_EVENT);
+        let stream = begins(self.inner.process.start_with_options(request, options)).await?;
         let events = futures::stream::unfold(stream, |mut stream| async move {
             let message = stream.message::<envd::StartResponse>().await.transpose()?;
             Some((
@@ -102,7 +98,8 @@ impl GuestClient {
             Some(host::__buffa::oneof::process_selector::Selector::Tag(tag)) => tag.clone(),
             _ => String::new(),
         };
-        let stream = self.inner.process.connect(request).await.map_err(rpc_error)?;
+        let options = CallOptions::default().with_max_message_size(MAX_EVENT);
+        let stream = begins(self.inner.process.connect_with_options(request, options)).await?;
         let events = futures::stream::unfold(stream, |mut stream| async move {
             let message = stream.message::<envd::ConnectResponse>().await.transpose()?;
             Some((

@@ -255,6 +255,8 @@ impl Driver {
                         ),
                     }
                 }
+                // Requests under way in the guest end with the way to it, rather than hold up the end of the agent.
+                self.guest.send_replace(None);
                 let _ = reply.send(());
                 return std::ops::ControlFlow::Break(());
             }
@@ -366,6 +368,10 @@ impl Driver {
     async fn destroy(&mut self) -> Result<()> {
         self.publish(SandboxStatus::Stopping);
         self.guest.send_replace(None);
+        if matches!(self.life, Life::Error) {
+            // One whose journal could not be read may have a VM that nobody knows.
+            super::recover::end_vmms_in(&self.dir).await;
+        }
         self.end_vm().await;
         // Moved first, so that a folder is either whole or not there.
         let grave = self

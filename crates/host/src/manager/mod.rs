@@ -16,6 +16,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::sync::{mpsc, oneshot};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use wrenn_proto::id::{SandboxId, TeamId, TemplateId};
 use wrenn_proto::rest::SandboxStatus;
@@ -122,8 +123,36 @@ pub(crate) struct Shared {
 
 enum Entry {
     /// Being created: the id is taken, there is nothing to talk to yet.
-    Starting(Box<Record>),
+    Starting(Starting),
     Live(Handle),
+}
+
+/// A create under way, as others see it.
+#[derive(Clone)]
+struct Starting {
+    record: Box<Record>,
+    /// Ends it, with all that it has made so far.
+    cancel: CancellationToken,
+    /// Cancelled when it has ended, one way or the other.
+    ended: CancellationToken,
+}
+
+/// Belongs to the task of a create. However that ends, a panic included, its entry does not stay.
+struct CreateEnds {
+    shared: Arc<Shared>,
+    id: SandboxId,
+    ended: CancellationToken,
+}
+
+impl Drop for CreateEnds {
+    fn drop(&mut self) {
+        let mut sandboxes = self.shared.sandboxes();
+        if let Some(Entry::Starting(_)) = sandboxes.get(&self.id) {
+            sandboxes.remove(&self.id);
+        }
+        drop(sandboxes);
+        self.ended.cancel();
+    }
 }
 
 impl Shared {
@@ -159,25 +188,39 @@ impl Shared {
         self.sandboxes()
             .values()
             .map(|entry| match entry {
-                Entry::Starting(record) => record.image.clone(),
+                Entry::Starting(starting) => starting.record.image.clone(),
                 Entry::Live(handle) => handle.view.borrow().record.image.clone(),
             })
             .collect()
     }
 
-    /// Refuses before anything starts what would not fit.
-    pub(crate) fn check_memory(&self, shape: Shape) -> Result<()> {
-        let promised: u64 = self
-            .sandboxes()
-            .values()
-            .map(|entry| match entry {
-                Entry::Starting(record) => u64::from(record.shape.memory_mb),
-                Entry::Live(handle) => {
-                    let view = handle.view.borrow();
-                    match view.record.phase {
-                        Phase::Running { .. } => u64::from(view.record.shape.memory_mb),
-                        _ => 0,
-                    }
+    /// Refuses before anything starts what would not fit beside all others than `own`.
+    pub(crate) fn check_memory(&self, shape: Shape, own: Option<SandboxId>) -> Result<()> {
+        self.check_promised(&self.sandboxes(), shape, own)?;
+        let free = available_memory_mb();
+        if free < self.capacity.min_free_memory_mb {
+            return Err(HostError::NoCapacity(format!(
+                "only {free} MiB of memory are free on the host"
+            )));
+        }
+        Ok(())
+    }
+
+    /// The memory that running and arriving sandboxes may come to use, against what may be promised.
+    fn check_promised(
+        &self,
+        sandboxes: &HashMap<SandboxId, Entry>,
+        shape: Shape,
+        own: Option<SandboxId>,
+    ) -> Result<()> {
+        let promised: u64 = sandboxes
+            .iter()
+            .filter(|(id, _)| Some(**id) != own)
+            .map(|(_, entry)| {
+                let view = entry.view();
+                match view.state {
+                    SandboxStatus::Paused | SandboxStatus::Error | SandboxStatus::Stopped => 0,
+                    _ => u64::from(view.record.shape.memory_mb),
                 }
             })
             .sum();
@@ -185,12 +228,6 @@ impl Shared {
             return Err(HostError::NoCapacity(format!(
                 "{} MiB asked for, {promised} of {} MiB promised to running sandboxes",
                 shape.memory_mb, self.capacity.memory_mb
-            )));
-        }
-        let free = available_memory_mb();
-        if free < self.capacity.min_free_memory_mb {
-            return Err(HostError::NoCapacity(format!(
-                "only {free} MiB of memory are free on the host"
             )));
         }
         Ok(())
@@ -301,7 +338,7 @@ impl Manager {
                 }),
             };
         }
-        shared.check_memory(spec.shape)?;
+        shared.check_memory(spec.shape, None)?;
         shared.check_disk()?;
         let image = shared
             .templates
@@ -318,6 +355,7 @@ impl Manager {
         }
         let now = now_ms();
         let mut record = Record {
+            version: journal::current_version(),
             id: spec.id,
             team: spec.team,
             template: spec.template,
@@ -332,6 +370,11 @@ impl Manager {
             envs: spec.envs,
             phase: Phase::Starting,
         };
+        let starting = Starting {
+            record: Box::new(record.clone()),
+            cancel: CancellationToken::new(),
+            ended: CancellationToken::new(),
+        };
         let under_way = {
             let mut sandboxes = shared.sandboxes();
             // Counted before the look, so that an agent that ends either waits for this create or refuses it.
@@ -345,15 +388,29 @@ impl Manager {
                     wanted: "absent",
                 });
             }
-            sandboxes.insert(spec.id, Entry::Starting(Box::new(record.clone())));
+            // Again, and with the place taken at once: many creates at a time all found room above.
+            shared.check_promised(&sandboxes, spec.shape, None)?;
+            sandboxes.insert(spec.id, Entry::Starting(starting.clone()));
             under_way
         };
         // A task of its own: a caller that hangs up half-way must not leave half a sandbox.
         let manager = self.clone();
+        let ends = CreateEnds {
+            shared: Arc::clone(shared),
+            id: spec.id,
+            ended: starting.ended,
+        };
         let work = shared.tasks.spawn(async move {
-            let _counted = (under_way, manager.shared.pool.begin_create());
+            let _counted = (under_way, manager.shared.pool.begin_create(), ends);
             let dir = VmDir::new(manager.shared.layout.sandboxes().join(record.id.to_string()));
-            let outcome = manager.build(&dir, &mut record, image).await;
+            let outcome = tokio::select! {
+                outcome = manager.build(&dir, &mut record, image) => outcome,
+                // What was made so far ends with the work that is dropped.
+                () = starting.cancel.cancelled() => Err(HostError::WrongState {
+                    state: "stopping",
+                    wanted: "starting",
+                }),
+            };
             match outcome {
                 Ok(running) => {
                     let origin = Origin::Running(Box::new(running));
@@ -369,7 +426,6 @@ impl Manager {
                     {
                         tracing::error!(dir = %dir.path().display(), %error, "cannot remove a failed sandbox's files");
                     }
-                    manager.shared.forget(record.id);
                     Err(error)
                 }
             }
@@ -432,9 +488,13 @@ impl Manager {
     ) -> Result<T> {
         let handle = self.handle(id)?;
         let (reply, answer) = oneshot::channel();
-        let gone = || HostError::NotFound {
-            what: "sandbox",
-            id: id.to_string(),
+        // Its task has ended: it was destroyed, or the agent is about to end and it will be found again.
+        let gone = || match self.shared.sandboxes().contains_key(&id) {
+            true => HostError::ShuttingDown,
+            false => HostError::NotFound {
+                what: "sandbox",
+                id: id.to_string(),
+            },
         };
         handle.requests.send(request(reply)).await.map_err(|_| gone())?;
         answer.await.map_err(|_| gone())?
@@ -459,6 +519,26 @@ impl Manager {
 
     /// Destroys a sandbox in whatever state it is. Absent is as wanted.
     pub(crate) async fn destroy(&self, id: SandboxId, generation: u64) -> Result<()> {
+        let starting = match self.shared.sandboxes().get(&id) {
+            Some(Entry::Starting(starting)) => Some(starting.clone()),
+            _ => None,
+        };
+        if let Some(Starting {
+            record,
+            cancel,
+            ended,
+        }) = starting
+        {
+            if generation < record.generation {
+                return Err(HostError::Stale {
+                    got: generation,
+                    seen: record.generation,
+                });
+            }
+            cancel.cancel();
+            // It may have come to run right before.
+            ended.cancelled().await;
+        }
         match self.ask(id, |reply| Request::Destroy { generation, reply }).await {
             Ok(_) | Err(HostError::NotFound { .. }) => Ok(()),
             Err(error) => Err(error),
@@ -585,8 +665,8 @@ impl Manager {
 impl Entry {
     fn view(&self) -> View {
         match self {
-            Self::Starting(record) => View {
-                record: (**record).clone(),
+            Self::Starting(starting) => View {
+                record: (*starting.record).clone(),
                 state: SandboxStatus::Starting,
             },
             Self::Live(handle) => handle.view.borrow().clone(),

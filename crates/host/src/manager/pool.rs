@@ -101,7 +101,8 @@ impl Pool {
             if tokio::time::timeout(QUIET, changed).await.is_ok() {
                 continue;
             }
-            let room = shared.check_memory(TemplateStore::USUAL_SHAPE).is_ok() && shared.check_disk().is_ok();
+            let room =
+                shared.check_memory(TemplateStore::USUAL_SHAPE, None).is_ok() && shared.check_disk().is_ok();
             let outcome = if room { self.add(shared).await } else { Ok(false) };
             match outcome {
                 Ok(true) => {}

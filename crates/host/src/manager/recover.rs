@@ -2,7 +2,7 @@
 //! half-made ones removed, and processes that belong to none of these are ended.
 
 use std::collections::HashSet;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::driver::{Driver, Origin};
@@ -17,14 +17,35 @@ impl Manager {
     pub(crate) async fn recover(&self) -> Result<()> {
         let shared = &self.shared;
         let sandboxes = shared.layout.sandboxes();
-        let mut found = Vec::new();
+        let (mut found, mut unreadable) = (Vec::new(), Vec::new());
         for entry in std::fs::read_dir(&sandboxes).at("list", &sandboxes)? {
             let dir = VmDir::new(entry.at("list", &sandboxes)?.path());
             match Record::read(&dir) {
-                Ok(record) if record.phase != Phase::Starting => found.push((dir, record)),
-                // Nobody was told that it runs; or it was killed before its first journal.
-                Ok(_) | Err(_) => self.sweep(&dir),
+                Ok(Some(record)) if record.phase != Phase::Starting => found.push((dir, record)),
+                // Nobody was told that it runs.
+                Ok(Some(_)) => self.sweep(&dir),
+                // It was killed before its first journal: only a finished pause leaves this file.
+                Ok(None) if !dir.memory_diff().exists() => self.sweep(&dir),
+                Ok(None) => unreadable.push((dir, "its journal is gone".to_owned())),
+                Err(error) => unreadable.push((dir, error.to_string())),
             }
+        }
+        // Somebody's work is in there, and the next start may be able to read it: nothing of it is touched.
+        let spared: Vec<PathBuf> = unreadable
+            .iter()
+            .map(|(dir, _)| dir.path().to_path_buf())
+            .collect();
+        for (dir, why) in unreadable {
+            tracing::error!(dir = %dir.path().display(), why, "a sandbox's journal cannot be used; its files are kept");
+            let id = dir
+                .path()
+                .file_name()
+                .and_then(|name| name.to_str()?.parse().ok());
+            let Some(id) = id else { continue };
+            let message = format!("{why}. Its files are kept in {}", dir.path().display());
+            let record = Record::unreadable(id, message);
+            let handle = Driver::start(Arc::clone(shared), dir, record, Origin::Error);
+            shared.sandboxes().insert(id, Entry::Live(handle));
         }
         let keep: HashSet<ProcessId> = found
             .iter()
@@ -33,7 +54,7 @@ impl Manager {
                 _ => None,
             })
             .collect();
-        end_strays(shared.layout.data(), &keep).await;
+        end_strays(shared.layout.data(), &keep, &spared).await;
         let mut counts = (0, 0, 0);
         for (dir, mut record) in found {
             let (origin, reason) = match record.phase.clone() {
@@ -146,19 +167,31 @@ impl Manager {
 
 /// Kills VMM processes that work in this agent's folders without a journal that names them: those started
 /// right before an earlier agent was killed.
-async fn end_strays(data: &Path, keep: &HashSet<ProcessId>) {
+async fn end_strays(data: &Path, keep: &HashSet<ProcessId>, spared: &[PathBuf]) {
+    let folders = ["sandboxes", "pool", "tmp"].map(|folder| data.join(folder));
+    end_vmms(|pid, cwd| {
+        folders.iter().any(|folder| cwd.starts_with(folder))
+            && !spared.iter().any(|folder| cwd.starts_with(folder))
+            && !keep.iter().any(|process| process.pid == pid)
+    })
+    .await;
+}
+
+/// Ends the VMM processes that work in one sandbox's folder.
+pub(super) async fn end_vmms_in(dir: &VmDir) {
+    end_vmms(|_, cwd| cwd.starts_with(dir.path())).await;
+}
+
+async fn end_vmms(ours: impl Fn(u32, &Path) -> bool) {
     for (pid, process) in processes() {
         let Ok(cwd) = std::fs::read_link(process.join("cwd")) else {
             continue;
         };
-        let ours = ["sandboxes", "pool", "tmp"]
-            .iter()
-            .any(|folder| cwd.starts_with(data.join(folder)));
         // Or on the way to become one: the programs that set limits and drop privileges before QEMU starts.
         let is_vmm = std::fs::read_to_string(process.join("comm")).is_ok_and(|comm| {
             comm.starts_with("qemu-system") || matches!(comm.trim_end(), "prlimit" | "setpriv")
         });
-        if !ours || !is_vmm || keep.iter().any(|process| process.pid == pid) {
+        if !is_vmm || !ours(pid, &cwd) {
             continue;
         }
         if let Some(mut process) = VmmProcess::find(pid) {

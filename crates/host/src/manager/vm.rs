@@ -297,9 +297,10 @@ pub(crate) async fn save(
     record: &mut Record,
     running: &mut Running,
 ) -> Result<Saved> {
-    running.vm.stop().await?;
     let before = record.phase.clone();
     let outcome = async {
+        // Part of what is undone: a stop whose answer does not come in time may still happen.
+        running.vm.stop().await?;
         shared.step(Step::Save)?;
         let saved = write_state(dir, record, running).await?;
         shared.step(Step::SaveFinish)?;
@@ -341,7 +342,7 @@ async fn write_state(dir: &VmDir, record: &Record, running: &mut Running) -> Res
 /// Brings a paused sandbox back. On failure it is as it was, unless its guest had run already.
 pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Record) -> Result<Running> {
     let image = shared.templates.image_at(&record.image)?;
-    shared.check_memory(record.shape)?;
+    shared.check_memory(record.shape, Some(record.id))?;
     let slot = shared.slots.take()?;
     shared.step(Step::Launch)?;
     let launched = shared
@@ -358,18 +359,34 @@ pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
     shared.step(Step::Run)?;
     // From the next instruction on the saved memory no longer fits the disk.
     record.phase = running_phase(&vm, &slot);
-    let outcome = match record.write(dir) {
-        Ok(()) => {
-            vm.outlive_agent();
-            vm.cont().await
-        }
-        Err(error) => Err(error),
-    };
-    if let Err(error) = outcome {
+    if let Err(error) = record.write(dir) {
         vm.kill().await;
         record.phase = Phase::Paused;
         record.write(dir)?;
         return Err(error);
+    }
+    vm.outlive_agent();
+    if let Err(error) = vm.cont().await {
+        match vm.is_running().await {
+            // Only the answer was lost.
+            Ok(true) => {}
+            Ok(false) => {
+                vm.kill().await;
+                record.phase = Phase::Paused;
+                record.write(dir)?;
+                return Err(error);
+            }
+            Err(_) => {
+                vm.kill().await;
+                // It may have written to its disk, which the saved memory knows nothing of: together they would be damage.
+                record.phase = Phase::Error {
+                    message: format!("it could not be resumed, and may have run already: {error}"),
+                    console: console.tail(),
+                };
+                record.write(dir)?;
+                return Err(error);
+            }
+        }
     }
     for saved in [dir.state(), dir.memory_diff()] {
         let _ = std::fs::remove_file(saved);
@@ -425,8 +442,10 @@ pub(crate) async fn snapshot(
     let outcome = async {
         match running {
             Some(running) => {
-                running.vm.stop().await?;
-                let taken = take_parts(shared, dir, record, running, &image).await;
+                let taken = match running.vm.stop().await {
+                    Ok(()) => take_parts(shared, dir, record, running, &image).await,
+                    Err(error) => Err(error),
+                };
                 running.vm.cont().await?;
                 taken?;
             }

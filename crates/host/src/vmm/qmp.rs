@@ -16,6 +16,8 @@ const MAX_LINE: u64 = 4 << 20;
 
 #[derive(Deserialize)]
 struct Message {
+    /// The command's number, which QEMU gives back.
+    id: Option<u64>,
     #[serde(rename = "return")]
     ok: Option<Value>,
     error: Option<QmpError>,
@@ -32,6 +34,8 @@ struct QmpError {
 pub(crate) struct Qmp {
     reader: BufReader<OwnedReadHalf>,
     writer: OwnedWriteHalf,
+    /// How many commands were sent.
+    sent: u64,
 }
 
 impl Qmp {
@@ -41,6 +45,7 @@ impl Qmp {
         let mut qmp = Self {
             reader: BufReader::new(reader),
             writer,
+            sent: 0,
         };
         // QEMU's main loop greets once it runs, which is after all devices are made.
         tokio::time::timeout(Duration::from_secs(30), qmp.read_line())
@@ -57,7 +62,9 @@ impl Qmp {
     }
 
     async fn execute_within(&mut self, command: &str, arguments: Value, limit: Duration) -> Result<Value> {
-        let mut line = json!({ "execute": command, "arguments": arguments }).to_string();
+        self.sent += 1;
+        let id = self.sent;
+        let mut line = json!({ "execute": command, "arguments": arguments, "id": id }).to_string();
         line.push('\n');
         let answer = async {
             self.writer
@@ -66,6 +73,8 @@ impl Qmp {
                 .map_err(|error| lost(&error))?;
             loop {
                 match self.read_message().await? {
+                    // The answer to a command that was given up comes late, and is not this one's.
+                    Message { id: Some(other), .. } if other != id => {}
                     Message { ok: Some(value), .. } => return Ok(value),
                     Message {
                         error: Some(error), ..
@@ -119,4 +128,42 @@ impl Qmp {
 
 fn lost(error: &std::io::Error) -> HostError {
     HostError::Vmm(format!("lost QEMU's control socket: {error}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_late_answer_is_not_taken_for_the_next_commands() {
+        let (ours, theirs) = UnixStream::pair().expect("a pair of sockets");
+        let qemu = async {
+            let (reader, mut writer) = theirs.into_split();
+            let mut lines = BufReader::new(reader).lines();
+            let mut say = async |text: String| writer.write_all(text.as_bytes()).await.expect("a reader");
+            say("{\"QMP\":{}}\n".to_owned()).await;
+            let mut unanswered = Vec::new();
+            while let Ok(Some(line)) = lines.next_line().await {
+                let command: Value = serde_json::from_str(&line).expect("JSON");
+                let answer = |of: &Value| format!("{{\"return\":{},\"id\":{}}}\n", of["execute"], of["id"]);
+                if command["execute"] == "stop" {
+                    unanswered.push(command);
+                    continue;
+                }
+                for late in unanswered.drain(..) {
+                    say(answer(&late)).await;
+                }
+                say(answer(&command)).await;
+            }
+        };
+        let client = async {
+            let mut qmp = Qmp::handshake(ours).await.expect("greeted");
+            assert!(qmp.execute("stop", json!({})).await.is_err(), "nobody answered");
+            assert_eq!(
+                qmp.execute("query-status", json!({})).await.expect("answered"),
+                "query-status"
+            );
+        };
+        tokio::join!(qemu, client);
+    }
 }

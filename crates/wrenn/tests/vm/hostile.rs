@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use wrenn_client::{Error, Exec, ExecEvent, ExecOptions, ExecStream, SandboxHandle};
+use wrenn_client::{
+    CreateSandbox, Error, Exec, ExecEvent, ExecOptions, ExecStream, SandboxHandle, SandboxStatus,
+    TemplateStatus,
+};
 use wrenn_testkit::platform::{Platform, eventually, output, shell};
 
 use crate::WRENN;
@@ -158,5 +161,82 @@ async fn a_hostile_guest_harms_only_itself() {
     assert_eq!(output(&neighbour, "echo $((6*7))").await, "42");
     hostile.destroy_and_wait().await.expect("destroy");
     neighbour.destroy_and_wait().await.expect("destroy");
+    platform.finish().await;
+}
+
+/// An agent of the guest's own making, as a snapshot can carry it along: it begins each answer and ends none.
+const LIAR: &str = r#"cat > /run/wrenn/liar <<'END'
+#!/usr/bin/python3
+import socket
+listener = socket.socket(socket.AF_INET6)
+listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind(('::', 49983))
+listener.listen(64)
+kept = []
+while True:
+    connection, _ = listener.accept()
+    kept.append(connection)
+    connection.recv(65536)
+    connection.sendall(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 10\r\n\r\n')
+END
+chmod 755 /run/wrenn/liar
+mv /run/wrenn/liar /run/wrenn/envd
+kill -9 $(pgrep -x -P 1 envd)"#;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sandbox_that_never_comes_to_run_can_be_destroyed() {
+    let platform = Platform::start(WRENN).await;
+    let source = platform.sandbox().await;
+    let root = Exec {
+        cmd: "/bin/sh".into(),
+        args: vec!["-c".into(), LIAR.into()],
+        user: Some("root".into()),
+        timeout_sec: Some(10),
+        ..Exec::default()
+    };
+    // It takes its own answer's agent away.
+    let _ = source.exec(&root).await;
+    eventually("the guest's own agent answers", LIMIT, async || {
+        let echo = Exec {
+            cmd: "/bin/echo".into(),
+            timeout_sec: Some(10),
+            ..Exec::default()
+        };
+        source.exec(&echo).await.is_err().then_some(())
+    })
+    .await;
+    let snapshots = platform.client().snapshots();
+    let template = snapshots
+        .create(source.id(), Some("liar"), false)
+        .await
+        .expect("accepted");
+    eventually("the snapshot is ready", LIMIT, async || {
+        let list = snapshots.list(None).await.ok()?;
+        let found = list.into_iter().find(|found| found.id == template.id)?;
+        (found.status == TemplateStatus::Ready).then_some(())
+    })
+    .await;
+
+    let wanted = CreateSandbox {
+        template: Some("liar".into()),
+        ..CreateSandbox::default()
+    };
+    let record = platform
+        .client()
+        .sandboxes()
+        .create(&wanted)
+        .await
+        .expect("accepted");
+    eventually("its machine runs", LIMIT, async || platform.vm_of(&record.id)).await;
+    let stuck = platform.client().sandbox(&record.id);
+    assert_eq!(
+        stuck.get().await.expect("its record").status,
+        SandboxStatus::Starting
+    );
+    stuck.destroy_and_wait().await.expect("destroyed while it starts");
+    assert_eq!(platform.vm_of(&record.id), None, "its machine is gone");
+
+    source.destroy_and_wait().await.expect("destroy");
+    snapshots.delete("liar").await.expect("deleted");
     platform.finish().await;
 }

@@ -179,6 +179,45 @@ async fn a_server_killed_while_it_works_cleans_up() {
     platform.finish().await;
 }
 
+/// A journal that the agent cannot read costs nobody a file: the sandbox is shown with what is wrong, until its owner
+/// or an operator has decided.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_journal_that_cannot_be_read_costs_no_file() {
+    let mut platform = Platform::start(WRENN).await;
+    let (paused, running) = (platform.sandbox().await, platform.sandbox().await);
+    output(&paused, "echo kept > /dev/shm/kept").await;
+    paused.pause_and_wait(LIMIT).await.expect("pause");
+    platform.kill();
+    let sandboxes = platform.data_dir().join("sandboxes");
+    let folder = |sandbox: &SandboxHandle| sandboxes.join(sandbox.id());
+    let journal = folder(&paused).join("sandbox.json");
+    let whole = std::fs::read(&journal).expect("its journal");
+    for sandbox in [&paused, &running] {
+        std::fs::write(folder(sandbox).join("sandbox.json"), "{").expect("damaged");
+    }
+    platform.restart().await;
+    for sandbox in [&paused, &running] {
+        wait_status(sandbox, SandboxStatus::Error).await;
+        let failure = sandbox.get().await.expect("its record").error.expect("a failure");
+        assert!(failure.message.contains("journal"), "{failure:?}");
+        assert!(folder(sandbox).join("disk.qcow2").exists(), "its disk is kept");
+    }
+    // Destroyed, one of them takes its machine along, which no journal names.
+    running.destroy_and_wait().await.expect("destroy");
+    assert_eq!(platform.vm_of(running.id()), None);
+
+    // Put right by hand, the other is as it was.
+    platform.kill();
+    std::fs::write(&journal, whole).expect("mended");
+    platform.restart().await;
+    eventually("its host knows it as paused again", LIMIT, async || {
+        platform.log().contains("\"paused\":1,").then_some(())
+    })
+    .await;
+    paused.destroy_and_wait().await.expect("destroy");
+    platform.finish().await;
+}
+
 /// Ended in order while the template's machine boots, and while a machine is prepared ahead.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_early_end_leaves_nothing() {
