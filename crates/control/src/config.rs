@@ -125,8 +125,10 @@ pub struct Timings {
     pub transient_age: Duration,
     /// Age after which a start that its host never confirmed is given up.
     pub start_deadline: Duration,
-    /// How long a sandbox that no record knows is left alone on its host.
+    /// How long a sandbox whose record says that it ended or moved on is left alone on its host.
     pub orphan_grace: Duration,
+    /// How long one that no record knows is: a database restored from a backup has forgotten what came since.
+    pub stranger_grace: Duration,
     /// Limit of one lifecycle RPC.
     pub lifecycle_rpc: Duration,
     /// Limit of one short RPC (ping, list, stat …).
@@ -163,6 +165,7 @@ impl Default for Timings {
             transient_age: Duration::from_secs(30),
             start_deadline: Duration::from_secs(600),
             orphan_grace: Duration::from_secs(120),
+            stranger_grace: Duration::from_secs(24 * 3600),
             lifecycle_rpc: Duration::from_secs(300),
             short_rpc: Duration::from_secs(30),
             snapshot_wait: Duration::from_secs(60),

@@ -500,6 +500,71 @@ async fn the_monitor_heals_what_the_host_knows_better() {
     );
 }
 
+/// Its control plane moved, its registration was lost, or an old backup of the database was restored.
+#[tokio::test]
+async fn a_host_that_comes_back_as_another_keeps_its_sandboxes() {
+    let world = World::new().await;
+    let (running, paused) = (world.sandbox().await, world.sandbox().await);
+    world
+        .post(&format!("/v1/sandboxes/{paused}/pause"), json!({}))
+        .await;
+    world.until(&paused, "paused").await;
+    let mut world = world
+        .restart_with(|config| config.timings.host_silence = std::time::Duration::ZERO)
+        .await;
+    world.running.control.reconcile().await.expect("a pass");
+    for id in [&running, &paused] {
+        world.until(id, "missing").await;
+    }
+    let before = world.get(&format!("/v1/sandboxes/{running}")).await.1["host_id"].clone();
+
+    world = world
+        .restart_with(|config| {
+            config.timings.host_silence = std::time::Duration::from_secs(90);
+            config.timings.stranger_grace = std::time::Duration::from_secs(24 * 3600);
+        })
+        .await;
+    let token = world
+        .running
+        .control
+        .issue_host_token(None)
+        .await
+        .expect("a token")
+        .token;
+    world.host.register(&token).await;
+    world.host.heartbeat().await;
+    // One that the database has forgotten is left alone for long.
+    let forgotten = wrenn_proto::id::SandboxId::new();
+    world
+        .host
+        .with(|model| model.sandboxes.insert(forgotten, SimSandbox::stray(0)));
+    let pass = world.running.control.reconcile().await.expect("a pass");
+    assert_eq!(pass.orphans_destroyed, 0, "{pass:?}");
+    world.until(&running, "running").await;
+    world.until(&paused, "paused").await;
+    let after = world.get(&format!("/v1/sandboxes/{running}")).await.1["host_id"].clone();
+    assert_ne!(before, after);
+    assert_eq!(world.host.with(|model| model.sandboxes.len()), 3);
+    let (status, body) = world
+        .post(&format!("/v1/sandboxes/{running}/exec"), json!({"cmd": "echo"}))
+        .await;
+    assert_eq!(status, 200, "{body}");
+}
+
+/// PostgreSQL keeps no zero characters, and a guest's words can hold them.
+#[tokio::test]
+async fn a_failure_in_words_that_no_database_keeps_still_settles() {
+    let world = World::new().await;
+    world.host.fail(
+        Call::Create,
+        ConnectError::invalid_argument("guest agent: \0 said"),
+    );
+    let (_, body) = world.post("/v1/sandboxes", json!({})).await;
+    let sandbox = body["id"].as_str().expect("an id").to_owned();
+    let record = world.until(&sandbox, "error").await;
+    assert_eq!(record["error"]["message"], "guest agent:  said", "{record}");
+}
+
 #[tokio::test]
 async fn an_operation_without_an_answer_is_taken_up_again() {
     let world = World::new().await;

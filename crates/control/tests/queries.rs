@@ -90,6 +90,7 @@ impl Setup {
         config.password_cost = CHEAP;
         config.timings.transient_age = Duration::ZERO;
         config.timings.orphan_grace = Duration::ZERO;
+        config.timings.stranger_grace = Duration::ZERO;
         config.timings.shutdown_grace = DEADLINE;
         let plane = Plane::start(&config).await;
         let bootstrap = plane

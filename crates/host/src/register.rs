@@ -10,7 +10,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::sync::CancellationToken;
 use wrenn_proto::rest;
 
-use crate::error::{HostError, Result};
+use crate::error::{HostError, IoContext as _, Result};
 use crate::layout::write_private;
 use crate::manager::journal::Phase;
 use crate::manager::{Event, Manager};
@@ -18,6 +18,10 @@ use crate::template::BuildState;
 
 const HEARTBEAT_EVERY: Duration = Duration::from_secs(20);
 const CALL_LIMIT: Duration = Duration::from_secs(15);
+/// Events in one call.
+const MAX_BATCH: usize = 500;
+/// Bytes of failure texts in one call, well below what the control plane takes as one body.
+const MAX_BATCH_TEXT: usize = 128 * 1024;
 
 /// What a registered host knows of itself; kept in a file that only the agent reads.
 #[derive(Clone, Serialize, Deserialize)]
@@ -30,8 +34,20 @@ pub(crate) struct Registration {
 }
 
 impl Registration {
-    fn read(path: &Path) -> Option<Self> {
-        serde_json::from_slice(&std::fs::read(path).ok()?).ok()
+    /// `None` when the host has never been registered.
+    fn read(path: &Path) -> Result<Option<Self>> {
+        let bytes = match std::fs::read(path) {
+            Ok(bytes) => bytes,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+            Err(error) => return Err(error).at("read the registration", path),
+        };
+        serde_json::from_slice(&bytes).map(Some).map_err(|error| {
+            HostError::Vmm(format!(
+                "the registration in {} is damaged ({error}); restore the file, or remove it and register again with a \
+                 token made for this host (wrenn control-plane --issue-host-token --host ID)",
+                path.display()
+            ))
+        })
     }
 
     fn write(&self, path: &Path) -> Result<()> {
@@ -40,9 +56,12 @@ impl Registration {
 }
 
 /// The id under which the agent of this data directory is registered, if it is.
-#[must_use]
-pub fn registered_host(data_dir: &Path) -> Option<String> {
-    Registration::read(&data_dir.join(crate::layout::REGISTRATION)).map(|registration| registration.host_id)
+///
+/// # Errors
+/// The registration is there and cannot be read.
+pub fn registered_host(data_dir: &Path) -> Result<Option<String>> {
+    let registration = Registration::read(&data_dir.join(crate::layout::REGISTRATION))?;
+    Ok(registration.map(|registration| registration.host_id))
 }
 
 /// Speaks to the control plane.
@@ -53,6 +72,8 @@ pub(crate) struct Reporter {
     address: String,
     /// Whether the control plane has heard that the built-in template is ready.
     ready_told: watch::Sender<bool>,
+    /// The most events that go into one call.
+    batch: usize,
 }
 
 /// Why a call to the control plane failed, by what to do about it.
@@ -60,6 +81,8 @@ pub(crate) struct Reporter {
 enum CallError {
     /// The token is not, or no longer, good.
     Unauthorized,
+    /// The control plane does not take this body, now or later.
+    Refused(String),
     /// Try again later.
     Later(String),
 }
@@ -79,29 +102,50 @@ impl Reporter {
             .build()
             .map_err(|error| HostError::Vmm(format!("cannot make an HTTP client: {error}")))?;
         let path = manager.shared.layout.registration();
-        let known = Registration::read(&path).filter(|known| known.control_plane == control_plane);
-        if let Some(registration) = known {
-            let address = address.to_owned();
+        let mut host = None;
+        if let Some(mut registration) = Registration::read(&path)? {
+            host = Some(registration.host_id.clone());
+            // The control plane may have moved: a host is known by its id and its token, not by where it asks.
+            let moved = registration.control_plane != control_plane;
+            control_plane.clone_into(&mut registration.control_plane);
             let mut reporter = Self {
                 http: http.clone(),
                 registration,
                 manager: manager.clone(),
-                address,
+                address: address.to_owned(),
                 ready_told: watch::Sender::new(false),
+                batch: MAX_BATCH,
             };
-            match reporter.heartbeat().await {
-                Err(CallError::Unauthorized) if reporter.refresh().await.is_err() && token.is_some() => {
-                    tracing::warn!("the control plane does not know this host any more; registering anew");
+            let refused = match reporter.heartbeat().await {
+                Err(CallError::Unauthorized) => reporter.refresh().await.is_err(),
+                Ok(()) if moved => {
+                    reporter.registration.write(&path)?;
+                    false
                 }
-                _ => return Ok(reporter),
+                _ => false,
+            };
+            if !refused {
+                return Ok(reporter);
+            }
+            if token.is_some() {
+                tracing::warn!("the control plane does not know this host any more; registering anew");
+            } else if !moved {
+                // It may be known again later; until then it serves what it has.
+                return Ok(reporter);
             }
         }
         let Some(token) = token else {
             return Err(HostError::InvalidArgument {
                 field: "registration token",
-                message: format!(
-                    "this host is not registered with {control_plane}: pass a one-time token made there (--token)"
-                ),
+                message: match host {
+                    Some(host) => format!(
+                        "{control_plane} does not know this host: pass a one-time token made there for it (--token; \
+                         wrenn control-plane --issue-host-token --host {host})"
+                    ),
+                    None => format!(
+                        "this host is not registered with {control_plane}: pass a one-time token made there (--token)"
+                    ),
+                },
             });
         };
         let registration = register(&http, &manager, control_plane, token, address).await?;
@@ -113,6 +157,7 @@ impl Reporter {
             manager,
             address: address.to_owned(),
             ready_told: watch::Sender::new(false),
+            batch: MAX_BATCH,
         })
     }
 
@@ -138,6 +183,11 @@ impl Reporter {
             reqwest::StatusCode::UNAUTHORIZED
             | reqwest::StatusCode::FORBIDDEN
             | reqwest::StatusCode::NOT_FOUND => Err(CallError::Unauthorized),
+            status @ (reqwest::StatusCode::BAD_REQUEST
+            | reqwest::StatusCode::PAYLOAD_TOO_LARGE
+            | reqwest::StatusCode::UNPROCESSABLE_ENTITY) => {
+                Err(CallError::Refused(format!("answered {status}")))
+            }
             status => Err(CallError::Later(format!("answered {status}"))),
         }
     }
@@ -242,27 +292,56 @@ impl Reporter {
                     tracing::warn!(%error, "the control plane does not accept this host");
                 }
             }
-            Err(CallError::Later(why)) => tracing::warn!(why, "the control plane does not hear this host"),
+            Err(CallError::Later(why) | CallError::Refused(why)) => {
+                tracing::warn!(why, "the control plane does not hear this host")
+            }
         }
     }
 
-    /// Sends all waiting events in one call; returns how long to wait before the next attempt.
+    /// Sends waiting events in one call; returns how long to wait before the next attempt.
     async fn deliver(&mut self, waiting: &mut VecDeque<Event>, pause: Duration) -> Duration {
-        let body = rest::SandboxEvents {
-            events: waiting.iter().take(500).map(wire).collect(),
-        };
+        let mut body = rest::SandboxEvents { events: Vec::new() };
+        let mut bytes = 0;
+        for event in waiting.iter().take(self.batch).map(wire) {
+            // A console's last lines make an event large, and a guest chooses them.
+            bytes += event.error.as_ref().map_or(0, |error| {
+                error.message.len() + error.console.as_ref().map_or(0, String::len)
+            });
+            if bytes > MAX_BATCH_TEXT && !body.events.is_empty() {
+                break;
+            }
+            body.events.push(event);
+        }
         let count = body.events.len();
+        let wait = (pause * 2).clamp(Duration::from_millis(200), Duration::from_secs(10));
         match self.call("/v1/hosts/sandbox-events", &body).await {
             Ok(()) => {
                 waiting.drain(..count);
+                self.batch = MAX_BATCH;
                 Duration::ZERO
+            }
+            // What nobody takes must not keep back what comes behind it: it is found, and told alone.
+            Err(CallError::Refused(why)) if count > 1 => {
+                tracing::warn!(
+                    why,
+                    count,
+                    "the control plane refused events; sending fewer at a time"
+                );
+                self.batch = (count / 2).max(1);
+                Duration::ZERO
+            }
+            Err(CallError::Refused(why)) => {
+                let event = waiting.pop_front();
+                let sandbox = event.map(|event| event.view.record.id.to_string());
+                tracing::error!(why, sandbox, "the control plane refused an event; it is dropped");
+                wait
             }
             Err(error) => {
                 if matches!(error, CallError::Unauthorized) {
                     let _ = self.refresh().await;
                 }
                 tracing::debug!(?error, count, "events wait for the control plane");
-                (pause * 2).clamp(Duration::from_millis(200), Duration::from_secs(10))
+                wait
             }
         }
     }

@@ -28,13 +28,13 @@ fn is_transport(error: &ConnectError) -> bool {
     error.source_arc().is_some()
 }
 
-/// Text of a host or guest, bounded.
+/// Text of a host or guest: bounded, and without the one character that PostgreSQL cannot keep.
 pub(crate) fn text(text: &str) -> String {
     let mut end = text.len().min(MAX_TEXT);
     while !text.is_char_boundary(end) {
         end -= 1;
     }
-    text.get(..end).unwrap_or_default().to_owned()
+    text.get(..end).unwrap_or_default().replace('\0', "")
 }
 
 /// A host's refusal as the caller's error. The host's texts are written for callers.

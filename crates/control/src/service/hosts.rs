@@ -271,9 +271,8 @@ fn host_state(status: SandboxStatus) -> Option<HostState> {
 }
 
 fn failure(told: Option<SandboxFailure>, generation: u64) -> Failure {
-    let clean = |words: &str| rpc::text(words).replace('\0', "");
     let (message, console) = match told {
-        Some(SandboxFailure { message, console }) => (clean(&message), console.as_deref().map(clean)),
+        Some(SandboxFailure { message, console }) => (rpc::text(&message), console.as_deref().map(rpc::text)),
         None => ("the sandbox's VM died".to_owned(), None),
     };
     Failure {

@@ -60,6 +60,8 @@ pub struct Inner {
     /// Wake-ups for them, until somebody carries these.
     carry: Mutex<Option<tokio::sync::mpsc::Receiver<Event>>>,
     leadership: leader::Leadership,
+    /// Sandboxes that no record knows, and since when this instance has seen them.
+    strangers: Mutex<HashMap<SandboxId, crate::domain::Millis>>,
     /// API keys that were looked up lately.
     known_keys: keys::KnownKeys,
     /// Deleted teams that are being emptied.
@@ -110,6 +112,7 @@ impl Services {
                 link,
                 carry: Mutex::new(carry),
                 leadership: leader::Leadership::new(instance),
+                strangers: Mutex::default(),
                 known_keys: keys::KnownKeys::default(),
                 purging: deletion::Purging::default(),
                 around: around::Around::default(),

@@ -2,7 +2,7 @@
 //!
 //! - A host that fell silent becomes unreachable, and what lived there `missing`.
 //! - Each host that answers is asked what it has: records follow its answer, what is `missing` comes
-//!   back, and what no record knows is destroyed after a grace.
+//!   back, and what no record wants is destroyed after a grace ([`stray`]).
 //! - An operation that nobody drives (its process died, its host did not answer) is driven again.
 //! - Templates that are to go are removed from their hosts.
 
@@ -13,12 +13,13 @@ use wrenn_proto::hostagent;
 use super::Services;
 use super::drive::{lost, millis};
 use crate::Result;
+use crate::config::Timings;
 use crate::domain::around::AuditEntry;
 use crate::domain::lifecycle::{GO_MISSING, Source, Verdict, apply_report};
-use crate::domain::{Host, HostStatus, Sandbox, SandboxStatus, now};
+use crate::domain::{Host, HostStatus, Millis, Sandbox, SandboxId, SandboxStatus, now};
 use crate::events::Event;
 use crate::hosts::rpc;
-use crate::store::Change;
+use crate::store::{Change, Outcome};
 use crate::tasks::TaskKind;
 
 /// What one pass did, for operators and tests.
@@ -86,7 +87,11 @@ impl Services {
         }
         for status in [HostStatus::Online, HostStatus::Draining] {
             for host in self.store.hosts_in(status).await? {
-                self.reconcile_host(&host, &mut pass).await?;
+                // One host's trouble is not the others'.
+                if let Err(error) = self.reconcile_host(&host, &mut pass).await {
+                    metrics::counter!("wrenn_monitor_failures_total").increment(1);
+                    tracing::error!(host = %host.id, error = &error as &dyn std::error::Error, "a host was not compared");
+                }
             }
         }
         for sandbox in self
@@ -140,28 +145,34 @@ impl Services {
             .filter_map(|report| report.id.map(|id| (id, report)))
             .collect();
         for record in &records {
-            let report = reports.get(&record.id);
-            if self.correct(record, report).await? {
-                self.audit(AuditEntry::system(
-                    Some(record.team),
-                    "sandbox.reconcile",
-                    "sandbox",
-                    record.id,
-                ));
-                pass.sandboxes_corrected += 1;
-            }
+            self.follow(record, reports.get(&record.id), pass).await;
         }
         // What has a record that belongs here is no orphan; only the few others are looked up.
         let at_home: HashSet<_> = records.iter().map(|record| record.id).collect();
         for (&id, report) in reports.iter().filter(|(id, _)| !at_home.contains(id)) {
             let record = self.store.sandbox(id).await?;
-            if !is_orphan(
+            match stray(
                 record.as_ref(),
                 host,
                 report,
-                millis(self.config.timings.orphan_grace),
+                self.noticed(id),
+                &self.config.timings,
             ) {
-                continue;
+                Stray::Leave => continue,
+                Stray::Home => {
+                    let Some(record) = record else { continue };
+                    if self.store.sandbox_rehome(&record, host.id).await? != Outcome::Updated {
+                        continue;
+                    }
+                    tracing::warn!(sandbox = %id, from = ?record.host, to = %host.id, "a missing sandbox is on another host");
+                    let record = Sandbox {
+                        host: Some(host.id),
+                        ..record
+                    };
+                    self.follow(&record, Some(report), pass).await;
+                    continue;
+                }
+                Stray::Destroy => {}
             }
             let team = record.as_ref().map(|record| record.team);
             let generation = record
@@ -174,6 +185,7 @@ impl Services {
             };
             match client.destroy_sandbox_with_options(request, self.short()).await {
                 Ok(_) => {
+                    self.strangers().remove(&id);
                     pass.orphans_destroyed += 1;
                     self.audit(AuditEntry::system(team, "sandbox.destroy_orphan", "sandbox", id));
                 }
@@ -181,6 +193,37 @@ impl Services {
             }
         }
         Ok(())
+    }
+
+    /// Makes one record follow its host's answer. A failure is this record's alone.
+    async fn follow(&self, record: &Sandbox, report: Option<&rpc::Report>, pass: &mut MonitorPass) {
+        match self.correct(record, report).await {
+            Ok(false) => {}
+            Ok(true) => {
+                self.audit(AuditEntry::system(
+                    Some(record.team),
+                    "sandbox.reconcile",
+                    "sandbox",
+                    record.id,
+                ));
+                pass.sandboxes_corrected += 1;
+            }
+            Err(error) => {
+                metrics::counter!("wrenn_monitor_failures_total").increment(1);
+                tracing::error!(sandbox = %record.id, error = &error as &dyn std::error::Error, "a record does not follow its host");
+            }
+        }
+    }
+
+    fn strangers(&self) -> std::sync::MutexGuard<'_, HashMap<SandboxId, Millis>> {
+        self.strangers
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    /// Since when this instance knows of a stray.
+    fn noticed(&self, id: SandboxId) -> Millis {
+        *self.strangers().entry(id).or_insert_with(now)
     }
 
     /// Makes one record follow its host's answer; returns whether it changed.
@@ -202,19 +245,52 @@ impl Services {
             }
         };
         let outcome = self.settle(record, change).await?;
-        Ok(outcome == crate::store::Outcome::Updated)
+        Ok(outcome == Outcome::Updated)
     }
 }
 
-/// Whether a host has something that it should not have: no record, a record that ended, or one that
-/// lives elsewhere. Young ones are left alone, since their record may be on its way.
-fn is_orphan(record: Option<&Sandbox>, host: &Host, report: &rpc::Report, grace: i64) -> bool {
-    let unwanted = match record {
-        None => true,
-        Some(record) => record.status == SandboxStatus::Stopped || record.host != Some(host.id),
+/// What is to be done about a sandbox that its host has and that is not recorded there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stray {
+    Leave,
+    /// Its record goes to where it is.
+    Home,
+    Destroy,
+}
+
+/// Destroys only what is certainly nobody's: a record says that it ended, or that a later decision has it elsewhere.
+/// A sandbox whose recorded host is silent is found, not lost: its host came back under another identity. And one that
+/// no record knows may be what a restored database has forgotten; somebody gets a day to notice. Young ones are left
+/// alone, since their record may be on its way.
+fn stray(
+    record: Option<&Sandbox>,
+    host: &Host,
+    report: &rpc::Report,
+    noticed: Millis,
+    timings: &Timings,
+) -> Stray {
+    let old = |since: Millis, grace| now().saturating_sub(since) >= millis(grace);
+    let Some(record) = record else {
+        return if old(noticed, timings.stranger_grace) {
+            Stray::Destroy
+        } else {
+            tracing::warn!(sandbox = ?report.id, host = %host.id, "a host has a sandbox that no record knows");
+            Stray::Leave
+        };
     };
-    let since = report
-        .created_at_ms
-        .max(record.map_or(0, |record| record.status_at));
-    unwanted && now().saturating_sub(since) >= grace
+    let elsewhere = record.host != Some(host.id);
+    let overtaken = elsewhere && record.generation > report.generation;
+    if record.status == SandboxStatus::Stopped || overtaken {
+        let since = report.created_at_ms.max(record.status_at);
+        return if old(since, timings.orphan_grace) {
+            Stray::Destroy
+        } else {
+            Stray::Leave
+        };
+    }
+    if elsewhere && record.status == SandboxStatus::Missing {
+        Stray::Home
+    } else {
+        Stray::Leave
+    }
 }

@@ -382,6 +382,23 @@ impl Store {
         Ok(gone)
     }
 
+    /// Records that a missing sandbox is on another host than was thought, if nothing was decided about it since.
+    pub(crate) async fn sandbox_rehome(&self, sandbox: &Sandbox, host: HostId) -> Result<Outcome, DbErr> {
+        let changed = Entity::update_many()
+            .col_expr(Column::HostId, host.0.into())
+            .filter(Column::Id.eq(sandbox.id.0))
+            .filter(Column::HostId.eq(sandbox.host.map(|host| host.0)))
+            .filter(Column::Status.eq(SandboxStatus::Missing.as_str()))
+            .filter(Column::Generation.eq(super::big(sandbox.generation)))
+            .exec(&self.db)
+            .await?;
+        Ok(if changed.rows_affected > 0 {
+            Outcome::Updated
+        } else {
+            Outcome::Stale
+        })
+    }
+
     /// Notes that a sandbox was used.
     pub(crate) async fn sandbox_touch(&self, id: SandboxId) -> Result<(), DbErr> {
         let now = now();

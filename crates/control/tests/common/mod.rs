@@ -114,6 +114,7 @@ impl World {
         config.password_cost = CHEAP;
         config.timings.transient_age = Duration::ZERO;
         config.timings.orphan_grace = Duration::ZERO;
+        config.timings.stranger_grace = Duration::ZERO;
         config.timings.shutdown_grace = Duration::from_millis(200);
         config.timings.pty_ping = Duration::from_millis(300);
         config.timings.stream_keepalive = Duration::from_millis(300);

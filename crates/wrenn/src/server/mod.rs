@@ -61,6 +61,9 @@ pub(crate) struct ControlPlaneArgs {
     /// Print a one-time token for a new host, and end
     #[arg(long)]
     pub(crate) issue_host_token: bool,
+    /// Give the token to a host that exists and lost its registration: it stays the same host, with its sandboxes
+    #[arg(long, value_name = "HOST", requires = "issue_host_token")]
+    pub(crate) host: Option<wrenn_proto::id::HostId>,
 }
 
 /// `wrenn host-agent`.

@@ -42,7 +42,7 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
     let control = open_control(&data_dir, &args.control).await?;
     let first = control.bootstrap().await?;
     // The host keeps its identity, and so its sandboxes; one that this database does not know becomes a new one.
-    let known = wrenn_host::registered_host(&data_dir).and_then(|host| host.parse().ok());
+    let known = wrenn_host::registered_host(&data_dir)?.and_then(|host| host.parse().ok());
     let token = match control.issue_host_token(known).await {
         Err(error) if known.is_some() && error.code == ErrorCode::NotFound => {
             control.issue_host_token(None).await
@@ -117,7 +117,7 @@ pub(super) async fn control_plane(args: ControlPlaneArgs) -> anyhow::Result<()> 
     let control = open_control(&data_dir, &args.control).await?;
     let first = control.bootstrap().await?;
     if args.issue_host_token {
-        println!("{}", control.issue_host_token(None).await?.token);
+        println!("{}", control.issue_host_token(args.host).await?.token);
         control.stop().await;
         return Ok(());
     }
