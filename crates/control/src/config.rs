@@ -23,8 +23,10 @@ pub struct ControlConfig {
     pub public_url: Option<String>,
     /// Holds the SQLite file and the secret.
     pub data_dir: PathBuf,
-    /// Sends activation and reset links. When absent, accounts are active at once and links go to the log.
+    /// Sends activation and reset links. When absent, accounts are active at once.
     pub smtp: Option<SmtpConfig>,
+    /// Without a mail server, write links to the log: for a machine whose log only its owner reads.
+    pub log_links: bool,
     /// Other ways to log in.
     pub oauth: Vec<OAuthProvider>,
     /// Networks of reverse proxies whose `X-Forwarded-For` is believed.
@@ -57,6 +59,7 @@ impl std::fmt::Debug for ControlConfig {
             .field("public_url", &self.public_url)
             .field("data_dir", &self.data_dir)
             .field("smtp", &self.smtp)
+            .field("log_links", &self.log_links)
             .field("oauth", &self.oauth)
             .field("trusted_proxies", &self.trusted_proxies)
             .field("limits", &self.limits)
@@ -76,6 +79,7 @@ impl ControlConfig {
             public_url: None,
             data_dir: data_dir.into(),
             smtp: None,
+            log_links: false,
             oauth: Vec::new(),
             trusted_proxies: Vec::new(),
             password_cost: PasswordCost::default(),
@@ -147,6 +151,8 @@ pub struct Timings {
     pub event_retention: Duration,
     /// Between two signs of life on a stream of events.
     pub stream_keepalive: Duration,
+    /// How often a connection that stays open is asked again whether its key or session still counts.
+    pub recheck: Duration,
     /// Before a mail that the server did not take is tried again; doubles with every attempt.
     pub mail_retry: Duration,
     /// What is left of background work at shutdown.
@@ -175,6 +181,7 @@ impl Default for Timings {
             event_claim: Duration::from_secs(30),
             event_retention: Duration::from_secs(24 * 3600),
             stream_keepalive: Duration::from_secs(15),
+            recheck: Duration::from_secs(5),
             mail_retry: Duration::from_secs(5),
             shutdown_grace: Duration::from_secs(10),
             housekeeping_interval: Duration::from_secs(10),

@@ -57,12 +57,23 @@ enum Way {
     },
     /// A laptop has no mail server; the person at it reads the log.
     Log,
+    /// A link is a key to an account, and a server's log is read by others: nobody gets it.
+    Nowhere,
 }
 
 impl Mailer {
-    pub(crate) fn new(smtp: Option<&SmtpConfig>, tasks: Tasks, retry: Duration) -> Result<Self> {
+    pub(crate) fn new(
+        smtp: Option<&SmtpConfig>,
+        log_links: bool,
+        tasks: Tasks,
+        retry: Duration,
+    ) -> Result<Self> {
         let way = match smtp {
-            None => Way::Log,
+            None if log_links => Way::Log,
+            None => {
+                tracing::warn!("no mail server is set (WRENN_SMTP_URL): links for lost passwords go nowhere");
+                Way::Nowhere
+            }
             Some(SmtpConfig { url, from }) => Way::Smtp {
                 transport: Box::new(
                     AsyncSmtpTransport::<Tokio1Executor>::from_url(url)
@@ -98,6 +109,11 @@ impl Mailer {
             Way::Smtp { transport, from } => (transport.clone(), from.clone()),
             Way::Log => {
                 tracing::info!(to = mail.to, link = mail.link.reveal(), "{}", mail.subject);
+                return;
+            }
+            Way::Nowhere => {
+                metrics::counter!("wrenn_mails_total", "outcome" => "dropped").increment(1);
+                tracing::warn!("a mail is dropped: no mail server is set");
                 return;
             }
         };
@@ -188,7 +204,7 @@ mod tests {
                 url: url.into(),
                 from: from.into(),
             };
-            Mailer::new(Some(&config), Tasks::default(), Duration::ZERO)
+            Mailer::new(Some(&config), false, Tasks::default(), Duration::ZERO)
         };
         assert!(smtp("smtp://u:hunter2@mail.example.com:25", "W <w@example.com>").is_ok());
         for (url, from) in [

@@ -396,3 +396,60 @@ async fn a_terminal_is_attached_to_again() {
     socket.send(json!({"type": "connect", "tag": "pty-none"})).await;
     assert_eq!(socket.frame().await["code"], "not_found");
 }
+
+/// A key that is deleted ends what was opened with it, also what is never silent.
+#[tokio::test]
+async fn a_deleted_key_ends_open_connections() {
+    let world = World::new().await;
+    let ann = world.person("ann").await;
+    let made = world
+        .call_as(&ann.token, "POST", "/v1/api-keys", Some(json!({"name": "k"})))
+        .await
+        .1;
+    let key = made["key"].as_str().expect("a key").to_owned();
+    let sandbox = world
+        .call_as(&ann.token, "POST", "/v1/sandboxes?wait=30", Some(json!({})))
+        .await
+        .1;
+    let id = sandbox["id"].as_str().expect("an id");
+
+    let path = format!("/v1/sandboxes/{id}/exec/stream");
+    let mut exec = try_open(&world, &path, "test", &key).await.expect("a WebSocket");
+    exec.send(json!({"type": "start", "cmd": "cat", "stdin": true}))
+        .await;
+    assert_eq!(exec.frame().await["type"], "start");
+    let mut terminal = try_open(&world, &format!("/v1/sandboxes/{id}/pty"), "test", &key)
+        .await
+        .expect("a WebSocket");
+    terminal
+        .send(json!({"type": "start", "cmd": "cat", "cols": 80, "rows": 24}))
+        .await;
+    assert_eq!(terminal.frame().await["type"], "started");
+    let mut events = world
+        .http
+        .get(world.url("/v1/events/stream"))
+        .header("x-api-key", &key)
+        .send()
+        .await
+        .expect("a stream");
+    assert!(events.chunk().await.expect("its beginning").is_some());
+
+    let key_id = made["id"].as_str().expect("an id");
+    let (status, _) = world
+        .call_as(&ann.token, "DELETE", &format!("/v1/api-keys/{key_id}"), None)
+        .await;
+    assert_eq!(status, 204);
+    for socket in [&mut exec, &mut terminal] {
+        let frame = socket.frame().await;
+        assert_eq!(
+            (&frame["type"], &frame["code"]),
+            (&json!("error"), &json!("unauthorized")),
+            "{frame}"
+        );
+        assert_eq!(frame["fatal"], true);
+    }
+    let end = async { while let Ok(Some(_)) = events.chunk().await {} };
+    tokio::time::timeout(DEADLINE, end)
+        .await
+        .expect("the stream of events ends");
+}

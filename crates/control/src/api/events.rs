@@ -70,6 +70,7 @@ pub(crate) async fn stream(
         page: VecDeque::from([connected(after)]),
         keepalive,
         silent_until: Instant::now() + keepalive,
+        recheck_at: Instant::now() + services.config.timings.recheck,
         services,
     };
     // The next message is made when the connection has taken the last one: a slow reader holds one page.
@@ -95,12 +96,26 @@ struct Follower {
     page: VecDeque<Message>,
     keepalive: Duration,
     silent_until: Instant,
+    recheck_at: Instant,
 }
 
 impl Follower {
     /// The next message; `None` ends the stream.
     async fn next(&mut self) -> Option<Message> {
         loop {
+            // Before anything is told, however much there is: a key that was deleted since is not listened with.
+            if Instant::now() >= self.recheck_at {
+                self.recheck_at = Instant::now() + self.services.config.timings.recheck;
+                let credential = (self.key.as_deref(), self.bearer.as_deref());
+                if self
+                    .services
+                    .reauthenticate(credential, self.caller)
+                    .await
+                    .is_err()
+                {
+                    return None;
+                }
+            }
             if let Some(message) = self.page.pop_front() {
                 self.silent_until = Instant::now() + self.keepalive;
                 return Some(message);
@@ -130,16 +145,6 @@ impl Follower {
             }
             if Instant::now() >= self.silent_until {
                 self.silent_until = Instant::now() + self.keepalive;
-                // A key that was deleted since is not listened with any longer.
-                let still = self
-                    .services
-                    .authenticate(self.key.as_deref(), self.bearer.as_deref())
-                    .await;
-                match still {
-                    Ok(caller) if caller.team == self.caller.team => {}
-                    Err(error) if error.code == ErrorCode::DatabaseUnavailable => {}
-                    _ => return None,
-                }
                 return Some(Message::default().comment("keepalive"));
             }
         }

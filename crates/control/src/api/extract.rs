@@ -87,9 +87,11 @@ impl FromRequestParts<Services> for PlatformAdmin {
 
 /// The caller of a WebSocket: by API key, or not yet known. Browsers cannot set headers on a WebSocket,
 /// so the key may come in the first message; a key that is in a header has to be valid.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct SocketCaller {
     pub(crate) known: Option<Principal>,
+    /// With what it is known: an API key, a bearer token.
+    pub(crate) credential: (Option<String>, Option<String>),
     pub(crate) realm: Realm,
     /// Where the audit log waits to learn who it is.
     slot: Option<ActorSlot>,
@@ -115,13 +117,19 @@ impl FromRequestParts<Services> for SocketCaller {
         if !tried.iter().any(|name| parts.headers.contains_key(name)) {
             return Ok(Self {
                 known: None,
+                credential: (None, None),
                 realm: Realm::of(parts),
                 slot: parts.extensions.get().cloned(),
             });
         }
         let Caller(principal) = Caller::from_request_parts(parts, services).await?;
+        let key = parts
+            .headers
+            .get("x-api-key")
+            .and_then(|value| value.to_str().ok());
         Ok(Self {
             known: Some(principal),
+            credential: (key.map(str::to_owned), bearer(&parts.headers).map(str::to_owned)),
             realm: Realm::of(parts),
             slot: None,
         })

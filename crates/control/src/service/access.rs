@@ -83,6 +83,24 @@ impl Services {
         }
     }
 
+    /// Whether a key or session still stands for whom it stood for. A database that is away for a moment ends nobody's
+    /// connection.
+    pub(crate) async fn reauthenticate(
+        &self,
+        (key, bearer): (Option<&str>, Option<&str>),
+        before: Principal,
+    ) -> Result<()> {
+        match self.authenticate(key, bearer).await {
+            Ok(now) if now.team == before.team => Ok(()),
+            Err(error) if error.code == ErrorCode::DatabaseUnavailable => Ok(()),
+            Ok(_) => Err(Error::new(
+                ErrorCode::Unauthorized,
+                "the credential is another team's now",
+            )),
+            Err(error) => Err(error),
+        }
+    }
+
     /// The platform admin behind a session token.
     pub async fn authenticate_admin(&self, token: Option<&str>) -> Result<Session> {
         let session = self.authenticate_session(token).await?;

@@ -75,8 +75,12 @@ impl Services {
         };
         let (team, actor) = match known {
             Ok(known) => known,
-            Err(error) if error.code == ErrorCode::InternalError => return Err(error),
-            Err(_) => return Ok(None),
+            // The request itself will be refused for this.
+            Err(error) if matches!(error.code, ErrorCode::Unauthorized | ErrorCode::Forbidden) => {
+                return Ok(None);
+            }
+            // Without a claim it would be done again when it is sent again.
+            Err(error) => return Err(error),
         };
         Ok(Some(auth::hash(&format!("{team:?}\n{actor}\n{route}\n{key}"))))
     }

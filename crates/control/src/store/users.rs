@@ -198,13 +198,15 @@ impl Store {
             .map(drop)
     }
 
-    /// Sets a password and ends all sessions, if the account's sessions are still those that the caller saw.
+    /// Sets a password, ends all sessions and voids the links that are under way, if the account's sessions are still
+    /// those that the caller saw.
     pub(crate) async fn change_password(
         &self,
         user: UserId,
         session_version: i32,
         hash: &str,
     ) -> Result<Outcome, DbErr> {
+        let transaction = self.db.begin().await?;
         let changed = user::Entity::update_many()
             .col_expr(user::Column::PasswordHash, hash.into())
             .col_expr(
@@ -215,11 +217,14 @@ impl Store {
             .filter(user::Column::Id.eq(user.0))
             .filter(user::Column::SessionVersion.eq(session_version))
             .filter(user::Column::DeletedAt.is_null())
-            .exec(&self.db)
+            .exec(&transaction)
             .await?;
         if changed.rows_affected > 0 {
+            void_tokens(&transaction, user).await?;
+            transaction.commit().await?;
             return Ok(Outcome::Updated);
         }
+        drop(transaction);
         Ok(match self.account(user).await? {
             Some(_) => Outcome::Stale,
             None => Outcome::Missing,

@@ -118,6 +118,8 @@ impl World {
         config.timings.shutdown_grace = Duration::from_millis(200);
         config.timings.pty_ping = Duration::from_millis(300);
         config.timings.stream_keepalive = Duration::from_millis(300);
+        config.timings.recheck = Duration::from_millis(200);
+        config.log_links = true;
         config.timings.lease = Duration::from_millis(1500);
         // What a killed instance had taken is somebody else's soon.
         config.timings.event_claim = Duration::from_secs(1);

@@ -39,7 +39,9 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
     let address = listeners[0].local_addr()?;
     let url = base_url(address);
 
-    let control = open_control(&data_dir, &args.control).await?;
+    let mut config = args.control.control_config(&data_dir)?;
+    config.log_links = true;
+    let control = open(config).await?;
     let first = control.bootstrap().await?;
     // The host keeps its identity, and so its sandboxes; one that this database does not know becomes a new one.
     let known = wrenn_host::registered_host(&data_dir)?.and_then(|host| host.parse().ok());
@@ -177,7 +179,11 @@ pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
 }
 
 pub(super) async fn open_control(data_dir: &Path, args: &ControlArgs) -> anyhow::Result<ControlPlane> {
-    ControlPlane::builder(args.control_config(data_dir)?)
+    open(args.control_config(data_dir)?).await
+}
+
+async fn open(config: wrenn_control::ControlConfig) -> anyhow::Result<ControlPlane> {
+    ControlPlane::builder(config)
         .build()
         .await
         .context("cannot start the control plane")

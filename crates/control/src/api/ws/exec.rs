@@ -12,8 +12,8 @@ use tokio::sync::mpsc;
 use wrenn_proto::rest::{ClientFrame, ErrorBody, ServerFrame};
 
 use super::{
-    Gone, Received, Sink, TextDecoder, bounded, close, error_frame, fail, first, identify, linger, receive,
-    send,
+    Gone, Known, Received, Sink, TextDecoder, bounded, close, error_frame, fail, first, identify, linger,
+    receive, revoked, send,
 };
 use crate::api::error::{ApiError, ApiResult};
 use crate::api::extract::{Segments, SocketCaller};
@@ -60,8 +60,8 @@ pub(crate) async fn exec_stream(
     let socket = upgrade(socket)?;
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
-        let caller = match identify(&services, &caller, &mut stream).await {
-            Ok(caller) => caller,
+        let known = match identify(&services, &caller, &mut stream).await {
+            Ok(known) => known,
             Err(error) => return fail(&mut sink, &error).await,
         };
         let started = match first(&mut stream).await {
@@ -87,7 +87,7 @@ pub(crate) async fn exec_stream(
                 };
                 let input = if stdin { Input::Pipe } else { Input::Nothing };
                 services
-                    .start_process(caller, &id, spec, input)
+                    .start_process(known.principal, &id, spec, input)
                     .await
                     .map(|started| (started, stdin, binary))
             }
@@ -96,7 +96,17 @@ pub(crate) async fn exec_stream(
         };
         match started {
             Ok(((events, handle), stdin, binary)) => {
-                follow(&services, &mut sink, &mut stream, events, &handle, stdin, binary).await;
+                follow(
+                    &services,
+                    &known,
+                    &mut sink,
+                    &mut stream,
+                    events,
+                    &handle,
+                    stdin,
+                    binary,
+                )
+                .await;
             }
             Err(error) => fail(&mut sink, &error).await,
         }
@@ -124,13 +134,23 @@ pub(crate) async fn process_stream(
     let socket = upgrade(socket)?;
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
-        let caller = match identify(&services, &caller, &mut stream).await {
-            Ok(caller) => caller,
+        let known = match identify(&services, &caller, &mut stream).await {
+            Ok(known) => known,
             Err(error) => return fail(&mut sink, &error).await,
         };
-        match services.connect_process(caller, &id, selector).await {
+        match services.connect_process(known.principal, &id, selector).await {
             Ok((events, handle)) => {
-                follow(&services, &mut sink, &mut stream, events, &handle, false, false).await
+                follow(
+                    &services,
+                    &known,
+                    &mut sink,
+                    &mut stream,
+                    events,
+                    &handle,
+                    false,
+                    false,
+                )
+                .await
             }
             Err(error) => fail(&mut sink, &error).await,
         }
@@ -139,6 +159,7 @@ pub(crate) async fn process_stream(
 
 async fn follow(
     services: &Services,
+    known: &Known,
     sink: &mut Sink,
     stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
     events: ProcessStream,
@@ -153,6 +174,7 @@ async fn follow(
         ended = write(sink, events, binary, complaints) => Some(ended),
         () = listen(stream, handle, stdin.then_some(feed), &complain) => None,
         never = feed_stdin(food, handle, &complain) => match never {},
+        error = revoked(services, known) => Some(Err(Some(error))),
         () = services.tasks.closing().cancelled() => Some(Ok(())),
     };
     match ended {

@@ -20,10 +20,10 @@ use serde::Deserialize;
 use wrenn_proto::rest::{ClientFrame, ServerFrame};
 
 use super::extract::SocketCaller;
-use crate::Error;
 use crate::api::extract::Realm;
 use crate::domain::Principal;
 use crate::service::Services;
+use crate::{Error, ErrorCode};
 
 /// Largest frame of a client.
 const MAX_FRAME: usize = 1 << 20;
@@ -121,14 +121,26 @@ enum AuthFrame {
     },
 }
 
+/// Who the client is, and with what it can be asked again whether it still is.
+pub(super) struct Known {
+    pub(super) principal: Principal,
+    credential: (Option<String>, Option<String>),
+    realm: Realm,
+}
+
 /// Who the client is: known from the headers, or told now in the first message.
 pub(super) async fn identify(
     services: &Services,
     caller: &SocketCaller,
     stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
-) -> Result<Principal, Error> {
-    if let Some(caller) = caller.known {
-        return Ok(caller);
+) -> Result<Known, Error> {
+    let known = |principal, credential| Known {
+        principal,
+        credential,
+        realm: caller.realm,
+    };
+    if let Some(principal) = caller.known {
+        return Ok(known(principal, caller.credential.clone()));
     }
     let message = tokio::time::timeout(FIRST_FRAME, stream.next()).await;
     let (key, token) = match message {
@@ -143,7 +155,29 @@ pub(super) async fn identify(
         Realm::Platform => services.authenticate_platform(token.as_deref()).await,
     };
     caller.identified(principal.as_ref().ok());
-    principal
+    Ok(known(principal?, (key, token)))
+}
+
+/// Waits until the client's key or session counts no more: a connection may stay open for days.
+pub(super) async fn revoked(services: &Services, known: &Known) -> Error {
+    let (key, token) = &known.credential;
+    loop {
+        tokio::time::sleep(services.config.timings.recheck).await;
+        let still = match known.realm {
+            Realm::Team => {
+                services
+                    .reauthenticate((key.as_deref(), token.as_deref()), known.principal)
+                    .await
+            }
+            Realm::Platform => match services.authenticate_platform(token.as_deref()).await {
+                Err(error) if error.code != ErrorCode::DatabaseUnavailable => Err(error),
+                _ => Ok(()),
+            },
+        };
+        if let Err(error) = still {
+            return error;
+        }
+    }
 }
 
 /// The first frame, which has to come in time and be JSON.

@@ -28,7 +28,7 @@ use tokio::sync::{mpsc, watch};
 use wrenn_proto::rest::{ClientFrame, ErrorBody, ServerFrame};
 
 use super::exec::upgrade;
-use super::{Gone, Received, Sink, close, error_frame, fail, first, identify, receive, send};
+use super::{Gone, Known, Received, Sink, close, error_frame, fail, first, identify, receive, revoked, send};
 use crate::api::error::ApiResult;
 use crate::api::extract::{Params, Segments, SocketCaller};
 use crate::service::Services;
@@ -91,8 +91,8 @@ pub(crate) async fn pty(
     let encoding = encoding.or_else(|| (!agent.starts_with("python-httpx")).then_some(Encoding::Binary));
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
-        let caller = match identify(&services, &caller, &mut stream).await {
-            Ok(caller) => caller,
+        let known = match identify(&services, &caller, &mut stream).await {
+            Ok(known) => known,
             Err(error) => return fail(&mut sink, &error).await,
         };
         let mut encoding = encoding;
@@ -128,7 +128,7 @@ pub(crate) async fn pty(
                 }
                 services
                     .start_process(
-                        caller,
+                        known.principal,
                         &id,
                         spec,
                         Input::Terminal {
@@ -139,7 +139,7 @@ pub(crate) async fn pty(
                     .await
             }
             Some(Ok(ClientFrame::Connect { tag })) => match Selector::parse(&tag) {
-                Ok(selector) => services.connect_process(caller, &id, selector).await,
+                Ok(selector) => services.connect_process(known.principal, &id, selector).await,
                 Err(error) => Err(error),
             },
             Some(Ok(_)) => Err(Error::invalid("the first frame must be start or connect")),
@@ -147,7 +147,16 @@ pub(crate) async fn pty(
         };
         match opened {
             Ok((events, handle)) => {
-                session(&services, &mut sink, &mut stream, events, &handle, encoding).await
+                session(
+                    &services,
+                    &known,
+                    &mut sink,
+                    &mut stream,
+                    events,
+                    &handle,
+                    encoding,
+                )
+                .await
             }
             Err(error) => fail(&mut sink, &error).await,
         }
@@ -156,6 +165,7 @@ pub(crate) async fn pty(
 
 async fn session(
     services: &Services,
+    client: &Known,
     sink: &mut Sink,
     stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
     events: ProcessStream,
@@ -169,6 +179,7 @@ async fn session(
     let ended = tokio::select! {
         ended = writing => Some(ended),
         () = listen(stream, handle, &dialect, complain) => None,
+        error = revoked(services, client) => Some(Err(Some(error))),
         () = services.tasks.closing().cancelled() => Some(Ok(())),
     };
     match ended {

@@ -57,7 +57,12 @@ impl Accounts {
         }
         Ok(Self {
             passwords: Passwords::new(config.password_cost)?,
-            mailer: Mailer::new(config.smtp.as_ref(), tasks.clone(), config.timings.mail_retry)?,
+            mailer: Mailer::new(
+                config.smtp.as_ref(),
+                config.log_links,
+                tasks.clone(),
+                config.timings.mail_retry,
+            )?,
             providers,
         })
     }
