@@ -4,6 +4,7 @@ mod common;
 
 use common::{World, answer, code, message};
 use connectrpc::ConnectError;
+use sea_orm::ConnectionTrait as _;
 use serde_json::{Value, json};
 use wrenn_testkit::simhost::Call;
 
@@ -609,6 +610,74 @@ async fn snapshots_become_templates() {
             .await;
         assert_eq!(status, 400, "{name}");
     }
+}
+
+/// Snapshots over a name whose holder changes while they are made.
+#[tokio::test]
+async fn snapshots_over_one_name_at_once_all_end() {
+    let world = World::new().await;
+    let (one, other) = (world.sandbox().await, world.sandbox().await);
+    let (status, body) = world
+        .post("/v1/snapshots", json!({"sandbox_id": one, "name": "mine"}))
+        .await;
+    assert_eq!(status, 201, "{body}");
+    let first = body["id"].clone();
+    world.host.hold(Call::CreateSnapshot);
+    let mut made = Vec::new();
+    for sandbox in [&one, &other] {
+        let (status, body) = world
+            .post(
+                "/v1/snapshots?overwrite=true&wait=0",
+                json!({"sandbox_id": sandbox, "name": "mine"}),
+            )
+            .await;
+        assert_eq!(status, 202, "{body}");
+        made.push(body["id"].clone());
+    }
+    world.host.wait_arrived(Call::CreateSnapshot, 3).await;
+    world.host.release(Call::CreateSnapshot);
+    for sandbox in [&one, &other] {
+        assert_eq!(world.settled(sandbox).await, "running");
+        let (_, body) = world.get(&format!("/v1/sandboxes/{sandbox}")).await;
+        assert_eq!(body["error"], json!(null), "{body}");
+    }
+    let (_, list) = world.get("/v1/snapshots?type=snapshot").await;
+    let list = list.as_array().expect("a list").clone();
+    assert_eq!(list.len(), 1, "{list:?}");
+    assert!(
+        list[0]["name"] == "mine" && list[0]["id"] != first && made.contains(&list[0]["id"]),
+        "{list:?}"
+    );
+    world.running.control.reconcile().await.expect("a pass");
+    assert_eq!(world.host.with(|model| model.snapshots.len()), 1);
+
+    // One that is being made has the name when another one ends.
+    world.host.hold(Call::CreateSnapshot);
+    let overwriting = world.post(
+        "/v1/snapshots?overwrite=true&wait=20",
+        json!({"sandbox_id": one, "name": "mine"}),
+    );
+    let meanwhile = async {
+        world.host.wait_arrived(Call::CreateSnapshot, 4).await;
+        // Not a snapshot: the monitor would give up one that no sandbox makes.
+        let building = "UPDATE templates SET status = 'building', kind = 'base' WHERE name = 'mine'";
+        world
+            .database()
+            .await
+            .execute_unprepared(building)
+            .await
+            .expect("changed");
+        world.host.release(Call::CreateSnapshot);
+    };
+    let ((status, body), ()) = tokio::join!(overwriting, meanwhile);
+    assert_eq!((status, code(&body)), (409, "conflict"), "{body}");
+    assert_eq!(world.settled(&one).await, "running");
+    world.running.control.reconcile().await.expect("a pass");
+    assert_eq!(
+        world.host.with(|model| model.snapshots.len()),
+        1,
+        "the one without a name is gone"
+    );
 }
 
 #[tokio::test]

@@ -16,7 +16,7 @@ use crate::domain::lifecycle::{Source, Verdict, apply_report};
 use crate::domain::{Failure, HostId, Sandbox, SandboxId, SandboxStatus, TemplateId, now};
 use crate::events::Event;
 use crate::hosts::{Needs, rpc};
-use crate::store::{Change, Guard, Outcome};
+use crate::store::{Change, Finish, Guard, Made, Outcome};
 use crate::tasks::TaskKind;
 use crate::{ErrorCode, Result};
 
@@ -242,19 +242,33 @@ impl Services {
             .await
         {
             Ok(answer) => {
-                let made = answer.into_owned();
+                let answer = answer.into_owned();
+                let made = Made {
+                    size_bytes: answer.size_bytes,
+                    vcpus: answer.vcpus,
+                    memory_mb: answer.memory_mb,
+                    disk_size_mb: answer.disk_size_mb,
+                };
+                let mut change = Change::to(back);
                 // The template first: a crash between the two repeats the (finished) request.
-                self.store
-                    .template_finish(
-                        template,
-                        host,
-                        made.size_bytes,
-                        made.vcpus,
-                        made.memory_mb,
-                        made.disk_size_mb,
-                    )
-                    .await?;
-                let step = self.finish(sandbox, Change::to(back)).await;
+                match self.store.template_finish(template, host, made).await? {
+                    Finish::Done | Finish::Gone => {}
+                    // Its files are on the host already, so it goes as any other template does.
+                    Finish::Taken => {
+                        self.store
+                            .template_mark_deleting(template, &template.to_string())
+                            .await?;
+                        change = change.failure(Some(Failure {
+                            code: ErrorCode::Conflict.as_str().to_owned(),
+                            message: "another template of this name was begun while the snapshot was made; \
+                                      it has the name now"
+                                .to_owned(),
+                            console: None,
+                            generation: sandbox.generation,
+                        }));
+                    }
+                }
+                let step = self.finish(sandbox, change).await;
                 // What it replaced may go now.
                 self.poke();
                 step

@@ -41,6 +41,7 @@ pub(crate) use channels::{Delivery, DeliveryEnd};
 pub(crate) use hosts::HostRegistration;
 pub(crate) use idempotency::ClaimTimes;
 pub(crate) use sandboxes::{Change, Guard, SandboxFilter};
+pub(crate) use templates::{Finish, Made};
 pub(crate) use usage::DAY;
 pub use usage::Held;
 pub(crate) use users::{NewAccount, NewIdentity, SignUpOutcome};

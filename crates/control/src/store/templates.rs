@@ -32,6 +32,27 @@ fn kind_word(kind: TemplateKind) -> &'static str {
     }
 }
 
+/// What a host says of a snapshot that it made.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Made {
+    pub(crate) size_bytes: u64,
+    pub(crate) vcpus: u32,
+    pub(crate) memory_mb: u32,
+    pub(crate) disk_size_mb: u32,
+}
+
+/// What became of a snapshot that its host finished.
+#[must_use = "a snapshot without a name has to go"]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Finish {
+    /// It is ready under its name.
+    Done,
+    /// Another one that is being made has the name.
+    Taken,
+    /// Nobody wants it any more.
+    Gone,
+}
+
 impl Store {
     /// A template that a team may use, by id: its own or the platform's.
     pub(crate) async fn template_visible(
@@ -173,42 +194,43 @@ impl Store {
         Ok(true)
     }
 
-    /// A snapshot is done: stores its sizes and its host, and puts it in the place of what it replaces.
-    /// Repeating it changes nothing.
+    /// A snapshot is done: stores its sizes and its host, and puts it in the place of what holds its name by now.
     pub(crate) async fn template_finish(
         &self,
         id: TemplateId,
         host: HostId,
-        size_bytes: u64,
-        vcpus: u32,
-        memory_mb: u32,
-        disk_size_mb: u32,
-    ) -> Result<(), DbErr> {
-        // One that is to go stays so, and does not take the place of another.
-        let row = Entity::find_by_id(id.0)
+        made: Made,
+    ) -> Result<Finish, DbErr> {
+        let mut refused = None;
+        // Another snapshot can take the name between the look at its holder and the renaming; looking again finds it.
+        for _ in 0..4 {
+            match self.template_try_finish(id, host, made).await {
+                Err(error) if super::is_duplicate(&error) => refused = Some(error),
+                other => return other,
+            }
+        }
+        tracing::warn!(template = %id, error = ?refused, "a snapshot's name is taken again and again");
+        Ok(Finish::Taken)
+    }
+
+    async fn template_try_finish(&self, id: TemplateId, host: HostId, made: Made) -> Result<Finish, DbErr> {
+        let Some(row) = Entity::find_by_id(id.0)
             .filter(Column::Status.ne(DELETING))
             .one(&self.db)
-            .await?;
-        let Some(row) = row else { return Ok(()) };
+            .await?
+        else {
+            return Ok(Finish::Gone);
+        };
+        let Made {
+            size_bytes,
+            vcpus,
+            memory_mb,
+            disk_size_mb,
+        } = made;
         let now = now();
         let transaction = self.db.begin().await?;
-        if let (Some(replaced), Some(name)) = (row.replaces, &row.final_name) {
-            Entity::update_many()
-                .col_expr(Column::Status, DELETING.into())
-                .col_expr(Column::Name, format!("{name}~{replaced}").into())
-                .col_expr(Column::UpdatedAt, now.into())
-                .filter(Column::Id.eq(replaced))
-                .exec(&transaction)
-                .await?;
-        }
         let updated = Entity::update_many()
             .col_expr(Column::Status, status_word(TemplateStatus::Ready).into())
-            .col_expr(
-                Column::Name,
-                row.final_name.clone().unwrap_or_else(|| row.name.clone()).into(),
-            )
-            .col_expr(Column::FinalName, Expr::value(None::<String>))
-            .col_expr(Column::Replaces, Expr::value(None::<sea_orm::prelude::Uuid>))
             .col_expr(Column::ProgressPct, 100.into())
             .col_expr(Column::Detail, "".into())
             .col_expr(Column::SizeBytes, big(size_bytes).into())
@@ -221,7 +243,37 @@ impl Store {
             .exec(&transaction)
             .await?;
         if updated.rows_affected == 0 {
-            return transaction.rollback().await;
+            transaction.rollback().await?;
+            return Ok(Finish::Gone);
+        }
+        if let Some(name) = &row.final_name {
+            // Not what held the name when this began: it may have been deleted, replaced or made anew since.
+            let holder = Entity::find()
+                .filter(Column::TeamId.eq(row.team_id))
+                .filter(Column::Name.eq(name))
+                .one(&transaction)
+                .await?;
+            if let Some(holder) = holder {
+                if holder.status == status_word(TemplateStatus::Building) {
+                    transaction.rollback().await?;
+                    return Ok(Finish::Taken);
+                }
+                Entity::update_many()
+                    .col_expr(Column::Status, DELETING.into())
+                    .col_expr(Column::Name, format!("{name}~{}", TemplateId(holder.id)).into())
+                    .col_expr(Column::UpdatedAt, now.into())
+                    .filter(Column::Id.eq(holder.id))
+                    .filter(Column::Status.eq(holder.status))
+                    .exec(&transaction)
+                    .await?;
+            }
+            Entity::update_many()
+                .col_expr(Column::Name, name.into())
+                .col_expr(Column::FinalName, Expr::value(None::<String>))
+                .col_expr(Column::Replaces, Expr::value(None::<sea_orm::prelude::Uuid>))
+                .filter(Column::Id.eq(id.0))
+                .exec(&transaction)
+                .await?;
         }
         template_host::Entity::insert(holder(id, host, TemplateStatus::Ready, "", 100, size_bytes))
             .on_conflict(holder_conflict())
@@ -236,7 +288,8 @@ impl Store {
             )
             .await?;
         }
-        transaction.commit().await
+        transaction.commit().await?;
+        Ok(Finish::Done)
     }
 
     /// Forgets a template's row; its holders' rows go with it. A snapshot that clients could see until now is told of
