@@ -140,6 +140,54 @@ async fn one_leads_and_the_other_takes_over() {
     assert!(other.control().renew_leases().await.expect("an answer"));
 }
 
+/// Passes that are the same work everywhere are done by the leader, and by nobody else.
+#[tokio::test]
+async fn who_does_not_lead_neither_samples_nor_cleans_up() {
+    let world = World::on(Postgres::start(), None).await;
+    world.sandbox().await;
+    let postgres = world.postgres.as_ref().expect("PostgreSQL");
+    // Somebody else leads, who does nothing.
+    let ghost = "INSERT INTO leases (name, holder, expires_at) \
+         VALUES ('leader', gen_random_uuid(), 9999999999999) \
+         ON CONFLICT (name) DO UPDATE SET holder = excluded.holder, expires_at = excluded.expires_at";
+    postgres.execute(ghost);
+    let world = world
+        .restart_with(|config| {
+            config.timings.housekeeping_interval = Duration::from_millis(20);
+            config.around.sample_interval = Duration::from_millis(20);
+            config.around.usage_interval = Duration::from_millis(20);
+        })
+        .await;
+    let postgres = world.postgres.as_ref().expect("PostgreSQL");
+    let team = postgres.execute("SELECT gen_random_uuid()");
+    postgres.execute(&format!(
+        "DELETE FROM metric_snapshots; DELETE FROM usage_days; \
+         INSERT INTO teams (id, name, slug, created_at, deleted_at, deletion) \
+         VALUES ('{team}', 'gone', 'gone', 0, 0, 'purging')"
+    ));
+    // Writing down the use of keys is everybody's own, and the last part of the housekeeping: it has been through.
+    let used = "SELECT count(*) FROM team_api_keys WHERE last_used IS NOT NULL";
+    for _ in 0..2 {
+        postgres.execute("UPDATE team_api_keys SET last_used = NULL");
+        eventually("a use of the key is written down", async || {
+            // Uses are collected when the key is looked up, which is not each time.
+            world.get("/v1/sandboxes").await;
+            postgres.execute(used) == "1"
+        })
+        .await;
+    }
+    let samples = || postgres.execute("SELECT count(*) FROM metric_snapshots");
+    let days = || postgres.execute("SELECT count(*) FROM usage_days");
+    let deletion = || postgres.execute(&format!("SELECT deletion FROM teams WHERE id = '{team}'"));
+    assert_eq!((samples().as_str(), days().as_str()), ("0", "0"));
+    assert_eq!(deletion(), "purging");
+    assert!(!world.running.control.renew_leases().await.expect("an answer"));
+    postgres.execute("DELETE FROM leases WHERE name = 'leader'");
+    eventually("the leader samples", async || samples() != "0").await;
+    eventually("the leader adds usage up", async || days() != "0").await;
+    eventually("the leader empties the team", async || deletion() == "purged").await;
+}
+
 #[tokio::test]
 async fn one_killed_in_the_middle_loses_nothing() {
     let redis = Redis::start();

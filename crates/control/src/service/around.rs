@@ -1,7 +1,7 @@
 //! The background work around the sandboxes: the audit log's writer, deliveries, samples and usage.
 //!
-//! Every pass may run on several control planes at once: claims and upserts make that harmless, so none of
-//! them needs a leader.
+//! Every pass may run on several control planes at once: claims and upserts make that harmless. What is the same work
+//! wherever it is done (samples, usage, removals) is the leader's all the same, since doing it once is enough.
 
 use std::future::Future;
 use std::sync::OnceLock;
@@ -38,17 +38,15 @@ impl Services {
             |around| Some(around.audit.filling()),
             |services| async move { services.audit_flush().await },
         );
-        self.repeat(
-            "metrics",
-            timings.sample_interval,
-            |_| None,
-            |services| async move { services.sample_pass(now()).await },
-        );
+        self.start_samples();
         self.repeat(
             "usage",
             timings.usage_interval,
             |_| None,
             |services| async move {
+                if !services.leads() {
+                    return Ok(());
+                }
                 services.usage_pass(now()).await?;
                 services.prune_pass(now()).await
             },
@@ -62,6 +60,23 @@ impl Services {
                 Ok(())
             },
         );
+    }
+
+    /// Samples once in every interval of the clock: waiting an interval after each sample would miss one now and then.
+    fn start_samples(&self) {
+        let services = self.clone();
+        self.tasks.spawn(TaskKind::Monitor, async move {
+            loop {
+                let rest = until_next(now(), services.config.around.sample_interval);
+                tokio::time::sleep(rest).await;
+                if services.leads()
+                    && let Err(error) = services.sample_pass(now()).await
+                {
+                    metrics::counter!("wrenn_pass_failures_total", "pass" => "metrics").increment(1);
+                    tracing::error!(error = &error as &dyn std::error::Error, "taking samples failed");
+                }
+            }
+        });
     }
 
     /// Repeats a pass: after every interval, and whenever something says that there is work.
@@ -113,5 +128,28 @@ impl Services {
         self.store.idempotency_prune(now).await?;
         self.store.deleted_teams_forget().await?;
         self.metrics_prune(now).await
+    }
+}
+
+/// How long it is until the next interval of the clock begins.
+fn until_next(now: Millis, interval: Duration) -> Duration {
+    let interval = millis(interval).max(1);
+    Duration::from_millis(u64::try_from(interval - now.rem_euclid(interval)).unwrap_or(1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn samples_come_in_every_interval_however_long_each_takes() {
+        let interval = Duration::from_secs(10);
+        let mut now = 1_700_000_003_217;
+        for took in [1, 9_000, 40, 3_000, 9_999, 7] {
+            let bucket = now / 10_000;
+            now += millis(until_next(now, interval));
+            assert_eq!((now / 10_000, now % 10_000), (bucket + 1, 0));
+            now += took;
+        }
     }
 }

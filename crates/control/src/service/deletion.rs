@@ -200,26 +200,32 @@ impl Services {
         Ok(deleted)
     }
 
-    /// Runs the housekeeping until shutdown, beginning now: unfinished deletions, accounts whose grace is over, last uses
-    /// of keys. Every part can run in several processes at once.
+    /// Runs the housekeeping until shutdown, beginning now: unfinished deletions and accounts whose grace is over where
+    /// the leader is, last uses of keys (which each instance collects) everywhere.
     pub(crate) fn start_housekeeping(&self) {
         let services = self.clone();
         self.tasks.spawn(TaskKind::Housekeeping, async move {
             loop {
                 services.housekeep().await;
-                tokio::time::sleep(services.config.timings.housekeeping_interval).await;
+                tokio::select! {
+                    () = tokio::time::sleep(services.config.timings.housekeeping_interval) => {}
+                    // What the last leader left is taken up at once.
+                    () = services.leadership.gained.notified() => {}
+                }
             }
         });
     }
 
     async fn housekeep(&self) {
-        match self.store.teams_purging().await {
-            // A task each: a host that does not answer holds up its own team only.
-            Ok(teams) => teams.into_iter().for_each(|team| self.start_purge(team)),
-            Err(error) => failed("finding unfinished deletions", &error.into()),
-        }
-        if let Err(error) = self.hard_delete_pass().await {
-            failed("deleting old accounts", &error);
+        if self.leads() {
+            match self.store.teams_purging().await {
+                // A task each: a host that does not answer holds up its own team only.
+                Ok(teams) => teams.into_iter().for_each(|team| self.start_purge(team)),
+                Err(error) => failed("finding unfinished deletions", &error.into()),
+            }
+            if let Err(error) = self.hard_delete_pass().await {
+                failed("deleting old accounts", &error);
+            }
         }
         if let Err(error) = self.write_key_uses().await {
             failed("writing down the use of keys", &error);

@@ -32,6 +32,8 @@ pub(crate) struct Leadership {
     pub(crate) instance: Uuid,
     /// Until when this instance leads, by its own clock; `None` when it does not.
     until: Mutex<Option<Instant>>,
+    /// This instance leads from now on.
+    pub(super) gained: tokio::sync::Notify,
 }
 
 impl Leadership {
@@ -39,6 +41,7 @@ impl Leadership {
         Self {
             instance,
             until: Mutex::default(),
+            gained: tokio::sync::Notify::new(),
         }
     }
 
@@ -110,6 +113,7 @@ impl Services {
         let led = self.leadership.set(leads.then(|| asked + life));
         if leads && !led {
             tracing::info!(%instance, "this instance runs the background passes now");
+            self.leadership.gained.notify_one();
             self.poke();
         }
         if leads {
