@@ -209,6 +209,8 @@ pub struct Around {
     pub delivery_timeout: Duration,
     /// Attempts after which a message is given up.
     pub delivery_attempts: u32,
+    /// Messages that may wait for one channel; the oldest beyond that are given up.
+    pub delivery_pending: u32,
     /// Wait after the first failed attempt; doubles with each further one, up to an hour.
     pub delivery_backoff: Duration,
     /// How long the answer to a create with an `Idempotency-Key` is kept.
@@ -231,6 +233,7 @@ impl Default for Around {
             delivery_interval: Duration::from_secs(5),
             delivery_timeout: Duration::from_secs(10),
             delivery_attempts: 10,
+            delivery_pending: 1000,
             delivery_backoff: Duration::from_secs(5),
             idempotency_keep: DAY,
             idempotency_claim: Duration::from_secs(60),

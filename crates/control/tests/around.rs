@@ -46,8 +46,8 @@ impl Fixture {
         config.timings.monitor_interval = Duration::from_secs(3600);
         config.timings.transient_age = Duration::ZERO;
         config.timings.shutdown_grace = Duration::from_millis(500);
-        // The tests step these by hand.
-        config.around.sample_interval = Duration::from_secs(3600);
+        // The tests step these by hand; samples come by the clock, so that an hour could just be ending.
+        config.around.sample_interval = Duration::from_secs(1_000_000_000);
         config.around.usage_interval = Duration::from_secs(3600);
         config.around.delivery_backoff = Duration::ZERO;
         config.around.allow_private_webhooks = true;
@@ -1119,6 +1119,127 @@ async fn several_workers_send_each_message_once() {
         .collect();
     assert_eq!(got.len(), 20);
     assert_eq!(got.into_iter().collect::<BTreeSet<_>>(), wanted);
+    world.end().await;
+}
+
+/// A server that takes connections, and what is said on them, and never answers.
+struct Mute {
+    url: String,
+    accepted: tokio::sync::watch::Receiver<usize>,
+    served: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Mute {
+    fn drop(&mut self) {
+        self.served.abort();
+    }
+}
+
+impl Mute {
+    async fn new() -> Self {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("bound"));
+        let (count, accepted) = tokio::sync::watch::channel(0);
+        let served = tokio::spawn(async move {
+            let mut open = Vec::new();
+            while let Ok((connection, _)) = listener.accept().await {
+                open.push(connection);
+                count.send_replace(open.len());
+            }
+        });
+        Self {
+            url,
+            accepted,
+            served,
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_teams_mute_webhooks_do_not_hold_up_anothers() {
+    let mut mute = Mute::new().await;
+    let sink = Sink::new(&[]).await;
+    let world = Fixture::with(|config| {
+        // Longer than the test may take.
+        config.around.delivery_timeout = DEADLINE * 10;
+        config.around.delivery_interval = DEADLINE * 10;
+    })
+    .await;
+    for name in ["one", "two", "three"] {
+        let (status, body) = world
+            .owned("POST", "/v1/channels", Some(webhook(name, &mute.url)))
+            .await;
+        assert_eq!(status, 201, "{body}");
+    }
+    let control = &world.running.control;
+    for _ in 0..150 {
+        let event = world.event(ChannelEventKind::CapsuleRunning);
+        control.notify(&event).await.expect("told");
+    }
+    // As many as one team may have under way: at most two to a channel.
+    tokio::time::timeout(DEADLINE, mute.accepted.wait_for(|accepted| *accepted == 4))
+        .await
+        .expect("not as many")
+        .expect("it listens");
+
+    let other = control
+        .create_user("other@example.com", "other", None)
+        .await
+        .expect("a user");
+    let session = control.issue_session(other, None).await.expect("a session");
+    let call = |method: &str, path: &str| world.request(method, path).bearer_auth(&session);
+    let (_, teams) = answer(call("GET", "/v1/teams")).await;
+    let team: TeamId = teams[0]["id"].as_str().expect("an id").parse().expect("an id");
+    let (status, body) = answer(call("POST", "/v1/channels").json(&webhook("ops", &sink.url))).await;
+    assert_eq!(status, 201, "{body}");
+    for _ in 0..5 {
+        let event = ChannelEvent {
+            team,
+            ..world.event(ChannelEventKind::CapsuleRunning)
+        };
+        control.notify(&event).await.expect("told");
+    }
+    let arrived = async {
+        while sink.seen().len() < 5 {
+            tokio::task::yield_now().await;
+        }
+    };
+    tokio::time::timeout(DEADLINE, arrived)
+        .await
+        .expect("they arrive");
+    assert_eq!(*mute.accepted.borrow(), 4, "no more than their share");
+    world.end().await;
+}
+
+#[tokio::test]
+async fn a_channel_keeps_so_many_messages_waiting_and_no_more() {
+    let world = Fixture::with(|config| {
+        config.around.delivery_pending = 3;
+        config.around.delivery_backoff = Duration::from_secs(3600);
+    })
+    .await;
+    let sink = Sink::new(&[500; 20]).await;
+    let control = &world.running.control;
+    for name in ["ops", "dev"] {
+        world
+            .owned("POST", "/v1/channels", Some(webhook(name, &sink.url)))
+            .await;
+    }
+    for _ in 0..5 {
+        let event = world.event(ChannelEventKind::CapsuleRunning);
+        control.notify(&event).await.expect("told");
+    }
+    sink.until(&world, 10).await;
+    control.prune(now()).await.expect("a pass");
+    assert_eq!(world.rows("channel_deliveries WHERE status = 'pending'").await, 6);
+    assert_eq!(
+        world
+            .rows("channel_deliveries WHERE status = 'given_up' AND last_error LIKE 'too many%'")
+            .await,
+        4
+    );
     world.end().await;
 }
 

@@ -55,10 +55,7 @@ impl Services {
             "deliveries",
             timings.delivery_interval,
             |around| Some(&around.deliver),
-            |services| async move {
-                while !services.tasks.closing().is_cancelled() && services.deliver_pass().await? > 0 {}
-                Ok(())
-            },
+            |services| async move { services.deliver_on().await },
         );
     }
 
@@ -124,6 +121,16 @@ impl Services {
         self.store
             .audit_prune(now - millis(self.config.around.audit_keep))
             .await?;
+        let excess = self
+            .store
+            .deliveries_cap(self.config.around.delivery_pending)
+            .await?;
+        if excess > 0 {
+            tracing::warn!(
+                messages = excess,
+                "messages to channels that have too many waiting were given up"
+            );
+        }
         self.store.deliveries_prune(now - DELIVERIES_KEEP).await?;
         self.store.idempotency_prune(now).await?;
         self.store.deleted_teams_forget().await?;

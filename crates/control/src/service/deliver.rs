@@ -4,14 +4,20 @@
 //! end of a lease) sends it and writes what came of it; when they die, it is due again after the lease. So a
 //! message arrives at least once; receivers tell repetitions by its id.
 //!
+//! A receiver that does not answer holds what it was sent until the attempt's limit. So a channel and a team have few
+//! messages under way at a time, and whatever ends makes room for the next at once: no team waits for another's.
+//!
 //! Addresses come from people, so they are not trusted: names are resolved here, only public addresses are
 //! connected to, and redirects are not followed.
 
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
 use futures::StreamExt;
+use futures::stream::FuturesUnordered;
 use hkdf::hmac::{Hmac, KeyInit, Mac};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use serde_json::{Value, json};
@@ -27,10 +33,13 @@ use crate::domain::{ChannelId, Millis, TeamId, now, timestamp};
 use crate::store::{Delivery, DeliveryEnd};
 use crate::{Error, Result};
 
-/// Messages of one pass.
+/// Messages that are read at once.
 const BATCH: u64 = 100;
 /// Messages that are sent at the same time.
-const AT_ONCE: usize = 32;
+const AT_ONCE: usize = 64;
+/// Of these, the most to one channel, and to one team's.
+const PER_CHANNEL: usize = 2;
+const PER_TEAM: usize = 4;
 /// Longest wait between two attempts.
 const MAX_BACKOFF: Duration = Duration::from_secs(3600);
 
@@ -68,20 +77,111 @@ pub(super) fn event_json(event: &ChannelEvent) -> Result<String> {
     .map_err(Error::internal)
 }
 
-impl Services {
-    /// Tries the messages that are due; returns how many were tried.
-    pub(crate) async fn deliver_pass(&self) -> Result<usize> {
-        let due = self.store.deliveries_due(now(), BATCH).await?;
-        let tried = futures::stream::iter(due)
-            .map(|(delivery, channel)| self.deliver(delivery, channel))
-            .buffer_unordered(AT_ONCE)
-            .collect::<Vec<_>>()
-            .await;
-        let mut count = 0;
-        for tried in tried {
-            count += usize::from(tried?);
+/// What is being sent at the moment.
+#[derive(Debug, Default)]
+struct UnderWay {
+    messages: HashSet<Uuid>,
+    channels: HashMap<ChannelId, usize>,
+    teams: HashMap<TeamId, usize>,
+}
+
+impl UnderWay {
+    /// The channels and teams that have as many as they may.
+    fn full(&self) -> (BTreeSet<ChannelId>, BTreeSet<TeamId>) {
+        let channels = self.channels.iter().filter(|(_, count)| **count >= PER_CHANNEL);
+        let teams = self.teams.iter().filter(|(_, count)| **count >= PER_TEAM);
+        (
+            channels.map(|(id, _)| *id).collect(),
+            teams.map(|(id, _)| *id).collect(),
+        )
+    }
+
+    /// Notes a message; `false` when it has to wait, or is under way.
+    fn begin(&mut self, message: Uuid, channel: &Channel) -> bool {
+        let to_channel = self.channels.entry(channel.id).or_default();
+        let to_team = self.teams.entry(channel.team).or_default();
+        if *to_channel >= PER_CHANNEL || *to_team >= PER_TEAM || !self.messages.insert(message) {
+            return false;
         }
-        Ok(count)
+        *to_channel += 1;
+        *to_team += 1;
+        true
+    }
+
+    fn end(&mut self, message: Uuid, channel: ChannelId, team: TeamId) {
+        fn one_less<K: std::hash::Hash + Eq>(counts: &mut HashMap<K, usize>, key: K) {
+            if let Entry::Occupied(mut count) = counts.entry(key) {
+                *count.get_mut() = count.get().saturating_sub(1);
+                if *count.get() == 0 {
+                    count.remove();
+                }
+            }
+        }
+        self.messages.remove(&message);
+        one_less(&mut self.channels, channel);
+        one_less(&mut self.teams, team);
+    }
+}
+
+impl Services {
+    /// Tries the messages that are due now, once each; returns how many were tried.
+    pub(crate) async fn deliver_pass(&self) -> Result<usize> {
+        self.deliver_until(Some(now())).await
+    }
+
+    /// Tries messages as they become due, until none is under way any more or shutdown begins.
+    pub(super) async fn deliver_on(&self) -> Result<()> {
+        self.deliver_until(None).await.map(drop)
+    }
+
+    /// Tries messages that are due at a moment, or whenever there is room for one.
+    async fn deliver_until(&self, moment: Option<Millis>) -> Result<usize> {
+        let closing = self.tasks.closing();
+        let mut under_way = UnderWay::default();
+        let mut sending = FuturesUnordered::new();
+        let mut count = 0;
+        let mut failed = None;
+        loop {
+            while failed.is_none() && !closing.is_cancelled() && sending.len() < AT_ONCE {
+                let (channels, teams) = under_way.full();
+                let until = moment.unwrap_or_else(now);
+                let due = match self.store.deliveries_due(until, &channels, &teams, BATCH).await {
+                    Ok(due) => due,
+                    Err(error) => {
+                        failed = Some(error.into());
+                        break;
+                    }
+                };
+                let before = sending.len();
+                for (delivery, channel) in due {
+                    // Claimed in a moment; until then it is due for the next reading as well.
+                    if sending.len() < AT_ONCE && under_way.begin(delivery.id, &channel) {
+                        sending.push(async move {
+                            let (id, channel_id, team) = (delivery.id, channel.id, channel.team);
+                            (id, channel_id, team, self.deliver(delivery, channel).await)
+                        });
+                    }
+                }
+                // A page of one channel's says nothing of the others': it is asked again without that one.
+                if sending.len() == before {
+                    break;
+                }
+            }
+            if sending.is_empty() {
+                return failed.map_or(Ok(count), Err);
+            }
+            tokio::select! {
+                Some((id, channel, team, tried)) = sending.next() => {
+                    under_way.end(id, channel, team);
+                    match tried {
+                        Ok(tried) => count += usize::from(tried),
+                        Err(error) => failed = failed.or(Some(error)),
+                    }
+                }
+                () = self.around.deliver.notified(), if moment.is_none() => {}
+                () = tokio::time::sleep(self.config.around.delivery_interval), if moment.is_none() => {}
+            }
+        }
     }
 
     /// Claims and sends one message; `false` when another had claimed it.
@@ -114,7 +214,8 @@ impl Services {
             Err(error) => {
                 let wait = backoff(self.config.around.delivery_backoff, attempts, jitter());
                 tracing::debug!(channel = %channel.id, event = %claimed.event_id, error, "a message did not arrive");
-                (DeliveryEnd::Again(now() + wait, error), "failed")
+                // Later than now in any case: whoever tries what is due now tries it once.
+                (DeliveryEnd::Again(now() + wait.max(1), error), "failed")
             }
         };
         metrics::counter!("wrenn_channel_attempts_total", "outcome" => word).increment(1);

@@ -1,9 +1,12 @@
 //! Notification channels and their deliveries.
 
+use std::collections::BTreeSet;
+
 use sea_orm::ActiveValue::Set;
-use sea_orm::sea_query::{Expr, OnConflict};
+use sea_orm::sea_query::{Expr, OnConflict, Query};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, DbErr, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect,
+    ActiveModelTrait, ColumnTrait, ConnectionTrait as _, DbErr, EntityTrait, PaginatorTrait, QueryFilter,
+    QueryOrder, QuerySelect, Statement,
 };
 use uuid::Uuid;
 
@@ -181,20 +184,35 @@ impl Store {
             .map(drop)
     }
 
-    /// Messages that are due, with their channels, oldest first.
+    /// Messages that are due, with their channels, oldest first; none of these channels and teams, which have enough
+    /// under way.
     pub(crate) async fn deliveries_due(
         &self,
         now: Millis,
+        busy: &BTreeSet<ChannelId>,
+        busy_teams: &BTreeSet<TeamId>,
         limit: u64,
     ) -> Result<Vec<(Delivery, Channel)>, DbErr> {
-        let rows = delivery::Entity::find()
+        let mut query = delivery::Entity::find()
             .filter(delivery::Column::Status.eq(PENDING))
-            .filter(delivery::Column::NextAt.lte(now))
+            .filter(delivery::Column::NextAt.lte(now));
+        if !busy.is_empty() {
+            query = query.filter(delivery::Column::ChannelId.is_not_in(busy.iter().map(|id| id.0)));
+        }
+        if !busy_teams.is_empty() {
+            let theirs = Query::select()
+                .column(channel::Column::Id)
+                .from(channel::Entity)
+                .and_where(channel::Column::TeamId.is_in(busy_teams.iter().map(|id| id.0)))
+                .to_owned();
+            query = query.filter(delivery::Column::ChannelId.not_in_subquery(theirs));
+        }
+        let rows = query
             .order_by_asc(delivery::Column::NextAt)
             .limit(limit)
             .all(&self.db)
             .await?;
-        let ids: std::collections::BTreeSet<Uuid> = rows.iter().map(|row| row.channel_id).collect();
+        let ids: BTreeSet<Uuid> = rows.iter().map(|row| row.channel_id).collect();
         let channels: std::collections::HashMap<Uuid, Channel> = if ids.is_empty() {
             std::collections::HashMap::new()
         } else {
@@ -284,6 +302,27 @@ impl Store {
             .exec(&self.db)
             .await?;
         Ok(Outcome::Updated)
+    }
+
+    /// Gives up what waits for a channel beyond the newest `keep` messages; returns how many that were.
+    pub(crate) async fn deliveries_cap(&self, keep: u32) -> Result<u64, DbErr> {
+        let result = self
+            .db
+            .execute_raw(Statement::from_sql_and_values(
+                self.db.get_database_backend(),
+                "UPDATE channel_deliveries SET status = $1, last_error = $2 WHERE status = $3 AND id IN \
+                 (SELECT id FROM (SELECT id, ROW_NUMBER() OVER (PARTITION BY channel_id ORDER BY created_at DESC, \
+                 id DESC) AS place FROM channel_deliveries WHERE status = $3) AS waiting \
+                 WHERE place > CAST($4 AS BIGINT))",
+                [
+                    GIVEN_UP.into(),
+                    "too many messages were waiting".into(),
+                    PENDING.into(),
+                    i64::from(keep).into(),
+                ],
+            ))
+            .await?;
+        Ok(result.rows_affected())
     }
 
     /// Forgets messages that ended before a time.
