@@ -37,6 +37,8 @@ pub struct ControlConfig {
     pub attempts: AttemptLimits,
     /// What clients may ask for.
     pub limits: Limits,
+    /// How PostgreSQL is used.
+    pub database: DatabaseLimits,
     /// How patient the background work is.
     pub timings: Timings,
     /// Audit log, channels, usage, and repeated creates.
@@ -63,6 +65,7 @@ impl std::fmt::Debug for ControlConfig {
             .field("oauth", &self.oauth)
             .field("trusted_proxies", &self.trusted_proxies)
             .field("limits", &self.limits)
+            .field("database", &self.database)
             .field("timings", &self.timings)
             .field("around", &self.around)
             .finish()
@@ -85,6 +88,7 @@ impl ControlConfig {
             password_cost: PasswordCost::default(),
             attempts: AttemptLimits::default(),
             limits: Limits::default(),
+            database: DatabaseLimits::default(),
             timings: Timings::default(),
             around: Around::default(),
         }
@@ -114,6 +118,24 @@ impl Default for Limits {
             max_disk_size_mb: 1_048_576,
             max_json_bytes: 1 << 20,
             max_upload_bytes: None,
+        }
+    }
+}
+
+/// How PostgreSQL is used. An SQLite database needs none of this.
+#[derive(Debug, Clone, Copy)]
+pub struct DatabaseLimits {
+    /// Most connections of one control plane.
+    pub connections: u32,
+    /// How long the answer to one statement is waited for; then the database counts as away.
+    pub statement: Duration,
+}
+
+impl Default for DatabaseLimits {
+    fn default() -> Self {
+        Self {
+            connections: 20,
+            statement: Duration::from_secs(15),
         }
     }
 }

@@ -90,9 +90,14 @@ async fn open_store(config: &ControlConfig, extensions: &Extensions) -> Result<s
              WRENN_SECRET_KEY to the output of `openssl rand -hex 32`, and keep it",
         ));
     }
-    store::Store::open(config.database_url.as_deref(), &config.data_dir, extensions)
-        .await
-        .map_err(unopened)
+    store::Store::open(
+        config.database_url.as_deref(),
+        &config.data_dir,
+        config.database,
+        extensions,
+    )
+    .await
+    .map_err(unopened)
 }
 
 /// The operator who starts a program reads its errors, unlike a client.

@@ -198,3 +198,105 @@ async fn of_several_first_starts_one_makes_the_admin() {
     assert_eq!(made.iter().flatten().count(), 1);
     assert_eq!(postgres.execute("SELECT count(*) FROM users"), "1");
 }
+
+/// The way to a PostgreSQL, which can begin to swallow what passes.
+struct Proxy {
+    url: String,
+    silent: tokio::sync::watch::Sender<bool>,
+    served: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.served.abort();
+    }
+}
+
+impl Proxy {
+    async fn new(postgres: &Postgres) -> Self {
+        let url = postgres.url();
+        let (_, dir) = url.split_once("host=").expect("a folder");
+        let socket = std::path::Path::new(dir).join(".s.PGSQL.5432");
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0")
+            .await
+            .expect("a port");
+        let port = listener.local_addr().expect("bound").port();
+        let silent = tokio::sync::watch::Sender::new(false);
+        let told = silent.subscribe();
+        let served = tokio::spawn(async move {
+            let mut pumps = tokio::task::JoinSet::new();
+            while let Ok((client, _)) = listener.accept().await {
+                let (socket, told) = (socket.clone(), told.clone());
+                pumps.spawn(async move {
+                    let Ok(server) = tokio::net::UnixStream::connect(&socket).await else {
+                        return;
+                    };
+                    let ((from_client, to_client), (from_server, to_server)) =
+                        (client.into_split(), server.into_split());
+                    tokio::join!(
+                        pump(from_client, to_server, told.clone()),
+                        pump(from_server, to_client, told)
+                    );
+                });
+            }
+        });
+        Self {
+            url: format!("postgres://wrenn@127.0.0.1:{port}/postgres?sslmode=disable"),
+            silent,
+            served,
+        }
+    }
+}
+
+async fn pump(
+    mut from: impl tokio::io::AsyncRead + Unpin,
+    mut to: impl tokio::io::AsyncWrite + Unpin,
+    mut silent: tokio::sync::watch::Receiver<bool>,
+) {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    let mut buffer = [0; 8192];
+    while let Ok(count @ 1..) = from.read(&mut buffer).await {
+        if silent.wait_for(|silent| !silent).await.is_err() || to.write_all(&buffer[..count]).await.is_err() {
+            return;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_database_that_says_nothing_counts_as_away_until_it_answers() {
+    let world = World::on(Postgres::start(), None).await;
+    let sandbox = world.sandbox().await;
+    let proxy = Proxy::new(world.postgres.as_ref().expect("PostgreSQL")).await;
+    let url = proxy.url.clone();
+    let world = world
+        .restart_with(|config| {
+            config.database_url = Some(url);
+            config.database.statement = Duration::from_secs(1);
+        })
+        .await;
+    let path = format!("/v1/sandboxes/{sandbox}");
+    world.until(&sandbox, "running").await;
+    proxy.silent.send_replace(true);
+    // Often enough that each connection of the pool is met.
+    let requests = (0..60).map(|number| {
+        let (method, path) = match number % 3 {
+            0 => ("GET", path.clone()),
+            1 => ("POST", format!("{path}/pause")),
+            _ => ("POST", "/v1/sandboxes".to_owned()),
+        };
+        world.request(method, &path).json(&json!({})).send()
+    });
+    let answers = tokio::time::timeout(DEADLINE / 2, futures::future::join_all(requests))
+        .await
+        .expect("nobody hangs");
+    for answer in answers {
+        let answer = answer.expect("an answer");
+        assert_eq!(answer.status(), 503);
+        assert!(answer.headers().contains_key("retry-after"));
+        let body = answer.json().await.expect("a body");
+        assert_eq!(code(&body), "database_unavailable", "{body}");
+    }
+    proxy.silent.send_replace(false);
+    world.until(&sandbox, "running").await;
+    world.running.stop().await;
+}

@@ -4,14 +4,13 @@ use std::collections::HashMap;
 
 use sea_orm::sea_query::{Expr, ExprTrait};
 use sea_orm::{
-    ColumnTrait, DatabaseTransaction, DbErr, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
-    QuerySelect, TransactionTrait,
+    ColumnTrait, DbErr, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder, QuerySelect, TransactionTrait,
 };
 
-use super::Store;
 use super::entity::{membership, team, template, user};
 use super::teams::lock_members;
 use super::templates;
+use super::{DatabaseTransaction, Store};
 use crate::domain::account::UserStatus;
 use crate::domain::{Millis, TeamId, Template, TemplateId, UserId, now};
 

@@ -7,15 +7,14 @@ use std::collections::BTreeSet;
 
 use sea_orm::sea_query::{Expr, ExprTrait, Query};
 use sea_orm::{
-    ColumnTrait, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait, QueryFilter, QueryOrder,
-    QuerySelect, TransactionTrait,
+    ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryOrder, QuerySelect, TransactionTrait,
 };
 
-use super::Store;
 use super::admin::another_admin;
 use super::entity::{api_key, membership, sandbox, team, template, user};
 use super::teams::{lock_members, other_owners};
 use super::templates::DELETING;
+use super::{DatabaseTransaction, Store};
 use crate::domain::membership::Refused;
 use crate::domain::{KeyId, Millis, Role, SandboxId, SandboxStatus, TeamId, TemplateId, UserId, now};
 

@@ -11,6 +11,7 @@ mod accounts;
 pub(crate) mod admin;
 mod audit;
 mod channels;
+mod db;
 pub(crate) mod deletion;
 mod entity;
 mod events;
@@ -30,10 +31,13 @@ mod users;
 use std::path::Path;
 use std::time::Duration;
 
+use sea_orm::sqlx::Connection as _;
 use sea_orm::sqlx::sqlite::{SqliteJournalMode, SqliteSynchronous};
 use sea_orm::{ConnectOptions, ConnectionTrait, Database, DatabaseConnection, DbErr, SqlErr};
 
+use crate::config::DatabaseLimits;
 use crate::extension::Extensions;
+use db::{DatabaseTransaction, Db};
 
 pub(crate) use accounts::NewKey;
 pub use audit::AuditFilter;
@@ -66,7 +70,7 @@ pub(crate) enum Outcome {
 /// The database.
 #[derive(Debug, Clone)]
 pub(crate) struct Store {
-    db: DatabaseConnection,
+    db: Db,
 }
 
 impl Store {
@@ -74,26 +78,31 @@ impl Store {
     pub(crate) async fn open(
         url: Option<&str>,
         data_dir: &Path,
+        limits: DatabaseLimits,
         extensions: &Extensions,
     ) -> Result<Self, DbErr> {
-        let options = match url {
-            Some(url) => server(url),
-            None => file(data_dir)?,
+        let (options, limit) = match url {
+            Some(url) => (server(url, limits), Some(limits.statement)),
+            // Without a network in between, waiting for another writer is all that can take time, and has its limit.
+            None => (file(data_dir)?, None),
         };
         let db = Database::connect(options).await?;
+        // A migration takes as long as it takes.
         migrations::up(&db, extensions).await?;
-        Ok(Self { db })
+        Ok(Self {
+            db: Db::new(db, limit),
+        })
     }
 
     /// The connections themselves, for extensions' own tables.
     pub(crate) fn database(&self) -> &DatabaseConnection {
-        &self.db
+        self.db.unbounded()
     }
 
     /// Where the schema of a database stands; changes nothing in it.
     pub(crate) async fn schema(url: Option<&str>, data_dir: &Path) -> Result<migrations::Schema, DbErr> {
         let options = match url {
-            Some(url) => server(url),
+            Some(url) => server(url, DatabaseLimits::default()),
             None if data_dir.join(FILE).exists() => file(data_dir)?,
             None => return Ok(migrations::Schema::empty()),
         };
@@ -119,9 +128,14 @@ impl Store {
     /// A store in a folder of its own, with a user whose team has this slug.
     pub(crate) async fn scratch(slug: &str) -> (tempfile::TempDir, Self, crate::domain::UserId) {
         let dir = tempfile::tempdir().expect("a directory");
-        let store = Self::open(None, dir.path(), &Extensions::default())
-            .await
-            .expect("a store");
+        let store = Self::open(
+            None,
+            dir.path(),
+            DatabaseLimits::default(),
+            &Extensions::default(),
+        )
+        .await
+        .expect("a store");
         let new = NewAccount {
             email: "a@b.c",
             name: "A",
@@ -140,13 +154,31 @@ impl Store {
     }
 }
 
-fn server(url: &str) -> ConnectOptions {
+fn server(url: &str, limits: DatabaseLimits) -> ConnectOptions {
+    let DatabaseLimits {
+        connections,
+        statement,
+    } = limits;
     let mut options = ConnectOptions::new(url);
     options
-        .max_connections(20)
+        .max_connections(connections.max(1))
         // A request rather fails than hangs: without the database it can do nothing, and the client can come back.
         .acquire_timeout(Duration::from_secs(3))
         .connect_timeout(Duration::from_secs(3))
+        // One that was used a moment ago is there still; asking it each time would cost every statement a round trip.
+        .test_before_acquire_if_idle_for(Duration::from_secs(1))
+        .map_sqlx_postgres_pool_opts(move |pool| {
+            // A connection that comes back is asked whether it still answers. Without a limit, one whose answer never
+            // comes would take its place in the pool with it.
+            pool.after_release(move |connection, _| {
+                Box::pin(async move {
+                    match tokio::time::timeout(statement, connection.ping()).await {
+                        Ok(answer) => answer.map(|()| true),
+                        Err(late) => Err(sea_orm::sqlx::Error::Io(std::io::Error::other(late))),
+                    }
+                })
+            })
+        })
         .sqlx_logging(false);
     options
 }

@@ -7,12 +7,12 @@
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Alias, Condition, Expr, ExprTrait, JoinType, Query, SelectStatement};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait, FromQueryResult,
-    PaginatorTrait, QueryFilter, QuerySelect, TransactionTrait,
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, DbErr, EntityTrait, FromQueryResult, PaginatorTrait,
+    QueryFilter, QuerySelect, TransactionTrait,
 };
 
 use super::entity::{membership, team, user};
-use super::{Outcome, Store, corrupt};
+use super::{DatabaseTransaction, Outcome, Store, corrupt};
 use crate::domain::membership::{MemberChange, Refused, Situation, decide_member_change};
 use crate::domain::team::{Member, Team};
 use crate::domain::{Millis, Role, TeamId, UserId, now};

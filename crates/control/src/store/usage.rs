@@ -5,11 +5,9 @@
 //! their mark, also in one transaction: repeated, it adds nothing twice, and several control planes may
 //! run it at once, since a row's lock puts them in order.
 
-use sea_orm::{
-    ConnectionTrait, DatabaseTransaction, DbErr, FromQueryResult, Statement, TransactionTrait, Value,
-};
+use sea_orm::{ConnectionTrait, DbErr, FromQueryResult, Statement, TransactionTrait, Value};
 
-use super::Store;
+use super::{DatabaseTransaction, Store};
 use crate::domain::{Millis, SandboxId, SandboxStatus, TeamId};
 
 /// Milliseconds of a day.

@@ -3,13 +3,12 @@
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Condition, Expr, ExprTrait as _, Order, Query};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, ConnectionTrait, DatabaseTransaction, DbErr, EntityTrait, QueryFilter,
-    TransactionTrait,
+    ActiveModelTrait, ColumnTrait, ConnectionTrait, DbErr, EntityTrait, QueryFilter, TransactionTrait,
 };
 
 use super::entity::{email_token, membership, oauth_identity, team, user};
 use super::teams::{member, team_row};
-use super::{Outcome, Store, is_duplicate};
+use super::{DatabaseTransaction, Outcome, Store, is_duplicate};
 use crate::domain::account::{Account, MailPurpose, UserStatus};
 use crate::domain::{Millis, Role, TeamId, UserId, now};
 

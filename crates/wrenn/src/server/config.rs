@@ -118,6 +118,16 @@ pub(crate) struct ControlArgs {
         help_heading = "Server"
     )]
     pub(crate) database_url: Option<String>,
+    /// Most connections of this control plane to PostgreSQL
+    #[arg(
+        long,
+        env = "WRENN_DATABASE_CONNECTIONS",
+        value_name = "COUNT",
+        default_value_t = 20,
+        value_parser = clap::value_parser!(u32).range(1..),
+        help_heading = "Server"
+    )]
+    pub(crate) database_connections: u32,
     /// `redis://…`, through which several control planes on one PostgreSQL hear of each other's changes at once
     #[arg(
         long,
@@ -151,6 +161,7 @@ impl ControlArgs {
         let Self {
             listen,
             database_url,
+            database_connections,
             redis_url,
             secret_key,
             public_url,
@@ -158,6 +169,7 @@ impl ControlArgs {
         } = self;
         let mut config = ControlConfig::new(data_dir);
         config.database_url.clone_from(database_url);
+        config.database.connections = *database_connections;
         config.redis_url.clone_from(redis_url);
         config.secret = secret_key
             .as_ref()

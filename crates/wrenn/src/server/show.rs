@@ -24,6 +24,10 @@ pub(super) fn config(args: &UpArgs, json: bool) -> ExitCode {
                 .map_or_else(|| "sqlite in WRENN_DIR".to_owned(), masked),
         ),
         (
+            "WRENN_DATABASE_CONNECTIONS",
+            args.control.database_connections.to_string(),
+        ),
+        (
             "REDIS_URL",
             args.control
                 .redis_url
