@@ -106,6 +106,8 @@ pub struct Limits {
     pub max_disk_size_mb: u32,
     /// Largest JSON body, bytes.
     pub max_json_bytes: usize,
+    /// Most connections of clients at a time, WebSockets included; further ones wait.
+    pub max_connections: usize,
     /// Largest file upload, bytes; absent means the guest's disk is the limit.
     pub max_upload_bytes: Option<u64>,
 }
@@ -117,6 +119,7 @@ impl Default for Limits {
             max_memory_mb: 131_072,
             max_disk_size_mb: 1_048_576,
             max_json_bytes: 1 << 20,
+            max_connections: 10_000,
             max_upload_bytes: None,
         }
     }
@@ -177,6 +180,9 @@ pub struct Timings {
     pub recheck: Duration,
     /// Before a mail that the server did not take is tried again; doubles with every attempt.
     pub mail_retry: Duration,
+    /// After this long without a request, or with half of one's header, a client's connection is closed. Clients that
+    /// keep connections do so for about a minute.
+    pub connection_idle: Duration,
     /// What is left of background work at shutdown.
     pub shutdown_grace: Duration,
     /// Between two passes of the housekeeping: unfinished deletions, accounts whose grace is over, last uses of keys.
@@ -205,6 +211,7 @@ impl Default for Timings {
             stream_keepalive: Duration::from_secs(15),
             recheck: Duration::from_secs(5),
             mail_retry: Duration::from_secs(5),
+            connection_idle: Duration::from_secs(75),
             shutdown_grace: Duration::from_secs(10),
             housekeeping_interval: Duration::from_secs(10),
             account_grace: Duration::from_secs(15 * 24 * 3600),

@@ -20,12 +20,14 @@ mod events;
 pub mod extension;
 mod hosts;
 mod mail;
+mod serve;
 mod service;
 pub mod services;
 mod store;
 mod tasks;
 
-use std::future::{Future, IntoFuture};
+use std::future::Future;
+use std::sync::Arc;
 
 use tokio::net::TcpListener;
 
@@ -384,26 +386,24 @@ impl ControlPlane {
         // Describing and assembling the API is work; the listeners share one.
         let router = self.router();
         let mut servers = tokio::task::JoinSet::new();
+        let places = Arc::new(tokio::sync::Semaphore::new(
+            self.services.config.limits.max_connections,
+        ));
         for listener in listeners {
-            let signal = closing.clone().cancelled_owned();
-            let router = router.clone();
-            servers.spawn(
-                axum::serve(
-                    listener,
-                    router.into_make_service_with_connect_info::<std::net::SocketAddr>(),
-                )
-                .with_graceful_shutdown(signal)
-                .into_future(),
-            );
+            servers.spawn(serve::serve(
+                listener,
+                router.clone(),
+                self.services.config.timings.connection_idle,
+                Arc::clone(&places),
+                closing.clone(),
+            ));
         }
         let mut failed = None;
         tokio::pin!(shutdown);
         tokio::select! {
             () = &mut shutdown => {}
             Some(ended) = servers.join_next() => {
-                failed = Some(ended.map_or_else(Error::internal, |served| {
-                    served.map_or_else(Error::internal, |()| Error::internal("a listener ended by itself"))
-                }));
+                failed = Some(ended.map_or_else(Error::internal, |()| Error::internal("a listener ended by itself")));
             }
         }
         closing.cancel();

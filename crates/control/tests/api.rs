@@ -2,7 +2,9 @@
 
 mod common;
 
-use common::{World, answer, code, message};
+use std::time::Duration;
+
+use common::{DEADLINE, World, answer, code, message};
 use connectrpc::ConnectError;
 use sea_orm::ConnectionTrait as _;
 use serde_json::{Value, json};
@@ -862,4 +864,89 @@ async fn the_first_start_is_only_the_first() {
         200,
         "the key outlives a restart"
     );
+}
+
+/// A connection on which everything is said by hand.
+struct Raw(tokio::net::TcpStream);
+
+impl Raw {
+    async fn open(world: &World, said: &str) -> Self {
+        use tokio::io::AsyncWriteExt as _;
+        let address = world.running.url.strip_prefix("http://").expect("an address");
+        let mut stream = tokio::net::TcpStream::connect(address)
+            .await
+            .expect("a connection");
+        stream.write_all(said.as_bytes()).await.expect("written");
+        Self(stream)
+    }
+
+    async fn say(&mut self, said: &str) {
+        use tokio::io::AsyncWriteExt as _;
+        self.0.write_all(said.as_bytes()).await.expect("written");
+    }
+
+    /// The next answer, or nothing when the connection was closed.
+    async fn hear(&mut self) -> String {
+        use tokio::io::AsyncReadExt as _;
+        let mut buffer = [0; 4096];
+        let count = tokio::time::timeout(DEADLINE, self.0.read(&mut buffer))
+            .await
+            .expect("neither an answer nor an end")
+            .unwrap_or_default();
+        String::from_utf8_lossy(&buffer[..count]).into_owned()
+    }
+}
+
+const HEALTH: &str = "GET /health HTTP/1.1\r\nhost: wrenn\r\n\r\n";
+
+#[tokio::test]
+async fn a_connection_that_asks_for_nothing_is_closed() {
+    let world = World::new()
+        .await
+        .restart_with(|config| config.timings.connection_idle = Duration::from_millis(300))
+        .await;
+    world.host.hold(Call::Create);
+    let waiting = world.post("/v1/sandboxes?wait=20", json!({}));
+    let meanwhile = async {
+        world.host.wait_arrived(Call::Create, 1).await;
+        for half in ["", "GET /health HTTP/1.1\r\nhost: wr", "PRI * HTTP/2.0\r\n"] {
+            let mut raw = Raw::open(&world, half).await;
+            let heard = raw.hear().await;
+            assert!(heard.is_empty() || heard.contains(" 408 "), "{half:?}: {heard}");
+        }
+        let mut kept = Raw::open(&world, HEALTH).await;
+        assert!(kept.hear().await.starts_with("HTTP/1.1 200"));
+        assert_eq!(kept.hear().await, "", "after a rest");
+        world.host.release(Call::Create);
+    };
+    let ((status, body), ()) = tokio::join!(waiting, meanwhile);
+    // This took longer, and something was under way.
+    assert_eq!(
+        (status, body["status"].as_str()),
+        (201, Some("running")),
+        "{body}"
+    );
+    world.running.stop().await;
+}
+
+#[tokio::test]
+async fn connections_beyond_the_limit_wait() {
+    let world = World::new()
+        .await
+        .restart_with(|config| config.limits.max_connections = 2)
+        .await;
+    let mut first = Raw::open(&world, HEALTH).await;
+    let mut second = Raw::open(&world, HEALTH).await;
+    assert!(first.hear().await.starts_with("HTTP/1.1 200"));
+    assert!(second.hear().await.starts_with("HTTP/1.1 200"));
+    let mut third = Raw::open(&world, HEALTH).await;
+    for _ in 0..20 {
+        first.say(HEALTH).await;
+        assert!(first.hear().await.starts_with("HTTP/1.1 200"));
+    }
+    let early = third.0.try_read(&mut [0; 16]);
+    assert!(early.is_err(), "{early:?}");
+    drop(second);
+    assert!(third.hear().await.starts_with("HTTP/1.1 200"));
+    world.running.stop().await;
 }

@@ -109,6 +109,16 @@ pub(crate) struct ControlArgs {
         help_heading = "Server"
     )]
     pub(crate) listen: SocketAddr,
+    /// Most connections of clients at a time, WebSockets included; further ones wait
+    #[arg(
+        long,
+        env = "WRENN_MAX_CONNECTIONS",
+        value_name = "COUNT",
+        default_value_t = 10_000,
+        value_parser = clap::value_parser!(u32).range(1..),
+        help_heading = "Server"
+    )]
+    pub(crate) max_connections: u32,
     /// `postgres://…`; when absent, an SQLite file in the data directory
     #[arg(
         long,
@@ -160,6 +170,7 @@ impl ControlArgs {
     pub(crate) fn control_config(&self, data_dir: &std::path::Path) -> anyhow::Result<ControlConfig> {
         let Self {
             listen,
+            max_connections,
             database_url,
             database_connections,
             redis_url,
@@ -169,6 +180,7 @@ impl ControlArgs {
         } = self;
         let mut config = ControlConfig::new(data_dir);
         config.database_url.clone_from(database_url);
+        config.limits.max_connections = *max_connections as usize;
         config.database.connections = *database_connections;
         config.redis_url.clone_from(redis_url);
         config.secret = secret_key

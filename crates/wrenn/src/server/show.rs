@@ -16,6 +16,7 @@ pub(super) fn config(args: &UpArgs, json: bool) -> ExitCode {
         ("WRENN_DIR", args.dirs.data_dir().display().to_string()),
         ("WRENN_CACHE_DIR", args.dirs.cache_dir().display().to_string()),
         ("WRENN_LISTEN", args.control.listen.to_string()),
+        ("WRENN_MAX_CONNECTIONS", args.control.max_connections.to_string()),
         (
             "DATABASE_URL",
             args.control
