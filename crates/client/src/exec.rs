@@ -14,6 +14,8 @@ use crate::error::{Error, Result};
 use crate::sandboxes::SandboxHandle;
 use crate::socket::{self, INPUT_CHUNK, Reader, Received, Writer};
 
+/// Asks for output as it was written: text frames alone would replace what is not valid UTF-8.
+const EXACT: [(&str, &str); 1] = [("encoding", "base64")];
 /// How long a kill may wait for room on a socket whose other end does not read.
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -97,7 +99,7 @@ impl ExecStream {
         let (reader, writer) = socket::open(
             sandbox.client(),
             &["v1", "sandboxes", sandbox.id(), "exec", "stream"],
-            &[],
+            &EXACT,
         )
         .await?;
         let start = ClientFrame::Start {
@@ -109,7 +111,7 @@ impl ExecStream {
             cwd: options.cwd.clone(),
             user: options.user.clone(),
             stdin: options.stdin,
-            binary: true,
+            binary: false,
         };
         writer.frame(&start).await?;
         Ok(Self {
@@ -125,7 +127,7 @@ impl ExecStream {
 
     pub(crate) async fn follow(sandbox: &SandboxHandle, selector: &str) -> Result<Self> {
         let path = ["v1", "sandboxes", sandbox.id(), "processes", selector, "stream"];
-        let (reader, writer) = socket::open(sandbox.client(), &path, &[]).await?;
+        let (reader, writer) = socket::open(sandbox.client(), &path, &EXACT).await?;
         Ok(Self {
             sandbox: sandbox.clone(),
             reader,

@@ -213,7 +213,7 @@ async fn a_command_can_be_killed_and_cannot_start_wrongly() {
     let mut followed = sandbox.process_stream("web").await.unwrap();
     assert_eq!(
         collect(&mut followed).await,
-        (b"listening\n".to_vec(), Vec::new(), 3)
+        (b"listening\xff\n".to_vec(), Vec::new(), 3)
     );
     assert!(sandbox.process_stream("gone").await.unwrap_err().is_not_found());
     assert_eq!(sandbox.processes().await.unwrap()[0].tag, "web");

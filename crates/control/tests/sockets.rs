@@ -81,24 +81,6 @@ async fn a_program_streams() {
     assert_eq!(socket.frame().await, json!({"type": "exit", "exit_code": 0}));
     socket.closed().await;
 
-    // Bytes that are no text: replaced for most clients, exact for those that ask.
-    for (binary, stdout) in [
-        (false, json!({"type": "stdout", "data": "a\u{fffd}"})),
-        (
-            true,
-            json!({"type": "stdout", "data": "Yf8=", "encoding": "base64"}),
-        ),
-    ] {
-        let mut socket = open(&world, &format!("/v1/capsules/{sandbox}/exec/stream")).await;
-        socket
-            .send(json!({"type": "start", "cmd": "bytes", "args": ["61ff"], "binary": binary}))
-            .await;
-        socket.frame().await;
-        assert_eq!(socket.frame().await, stdout);
-        assert_eq!(socket.frame().await["type"], "exit");
-        socket.closed().await;
-    }
-
     // Standard input, to its end.
     let mut socket = open(&world, &format!("/v1/sandboxes/{sandbox}/exec/stream")).await;
     socket
@@ -110,6 +92,75 @@ async fn a_program_streams() {
     socket.send(json!({"type": "eof"})).await;
     assert_eq!(socket.frame().await, json!({"type": "exit", "exit_code": 0}));
     socket.closed().await;
+}
+
+#[tokio::test]
+async fn output_is_text_unless_a_client_asks_for_the_bytes() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    let path = format!("/v1/capsules/{sandbox}/exec/stream");
+    let text = json!({"type": "stdout", "data": "a\u{fffd}"});
+    let exact = json!({"type": "stdout", "data": "Yf8=", "encoding": "base64"});
+    for (query, binary, stdout) in [
+        ("", false, &text),
+        ("?encoding=utf-8", false, &text),
+        ("?encoding=base64", false, &exact),
+        ("", true, &exact),
+    ] {
+        let mut socket = open(&world, &format!("{path}{query}")).await;
+        socket
+            .send(json!({"type": "start", "cmd": "bytes", "args": ["61ff"], "binary": binary}))
+            .await;
+        socket.frame().await;
+        assert_eq!(&socket.frame().await, stdout, "{query} {binary}");
+        assert_eq!(socket.frame().await["type"], "exit");
+        socket.closed().await;
+    }
+    // What is text travels the same way as the rest, and standard error as standard output.
+    let mut socket = open(&world, &format!("{path}?encoding=base64")).await;
+    socket
+        .send(json!({"type": "start", "cmd": "exit", "args": ["3"]}))
+        .await;
+    socket.frame().await;
+    assert_eq!(
+        socket.frame().await,
+        json!({"type": "stderr", "data": "YnllCg==", "encoding": "base64"})
+    );
+    assert_eq!(socket.frame().await, json!({"type": "exit", "exit_code": 3}));
+    let refused = try_open(&world, &format!("{path}?encoding=latin-1"), "test", &world.key).await;
+    assert!(
+        matches!(&refused, Err(Error::Http(response)) if response.status() == 400
+            && String::from_utf8_lossy(response.body().as_deref().unwrap_or_default()).contains("encoding")),
+        "{:?}",
+        refused.err()
+    );
+}
+
+#[tokio::test]
+async fn a_character_that_is_cut_by_a_chunks_edge_arrives_whole() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    // A euro sign, byte by byte, and a byte that is no text.
+    let drip = json!({"cmd": "drip", "args": ["e282acff"], "background": true, "tag": "drip"});
+    let (status, body) = world.post(&format!("/v1/sandboxes/{sandbox}/exec"), drip).await;
+    assert_eq!(status, 202, "{body}");
+    let path = format!("/v1/sandboxes/{sandbox}/processes/drip/stream");
+    let mut socket = open(&world, &path).await;
+    assert_eq!(socket.frame().await["type"], "start");
+    assert_eq!(socket.frame().await, json!({"type": "stdout", "data": "€"}));
+    assert_eq!(
+        socket.frame().await,
+        json!({"type": "stdout", "data": "\u{fffd}"})
+    );
+    // As bytes, nothing waits and nothing is lost, for those who follow a process too.
+    let mut socket = open(&world, &format!("{path}?encoding=base64")).await;
+    assert_eq!(socket.frame().await["type"], "start");
+    for data in ["4g==", "gg==", "rA==", "/w=="] {
+        assert_eq!(
+            socket.frame().await,
+            json!({"type": "stdout", "data": data, "encoding": "base64"})
+        );
+    }
 }
 
 #[tokio::test]

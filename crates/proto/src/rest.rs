@@ -575,8 +575,8 @@ pub enum ClientFrame {
         /// by `eof`. When false, it is `/dev/null`.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         stdin: bool,
-        /// The client takes bytes as they are. On `/exec/stream`: data frames with an `encoding`; without it,
-        /// every chunk is sent as text with invalid UTF-8 replaced. On `/pty`: output in binary frames.
+        /// The client takes bytes as they are. On `/exec/stream`: the same as `?encoding=base64`. On `/pty`:
+        /// output in binary frames.
         #[serde(default, skip_serializing_if = "std::ops::Not::not")]
         binary: bool,
     },
@@ -627,7 +627,7 @@ pub enum ServerFrame {
     Stdout {
         /// The text (invalid UTF-8 replaced), or base64.
         data: String,
-        /// `base64` when the chunk is not valid UTF-8 and the client asked for `binary`; absent for text.
+        /// `base64` when the client asked for it (`?encoding=base64`); absent for text.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         encoding: Option<String>,
     },
@@ -635,7 +635,7 @@ pub enum ServerFrame {
     Stderr {
         /// The text (invalid UTF-8 replaced), or base64.
         data: String,
-        /// `base64` when the chunk is not valid UTF-8 and the client asked for `binary`; absent for text.
+        /// `base64` when the client asked for it (`?encoding=base64`); absent for text.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         encoding: Option<String>,
     },

@@ -114,6 +114,15 @@ fn run_passes_everything_through_and_cleans_up() {
         (7, &b"b c\xff"[..], "oops\n")
     );
     assert_eq!(platform.stub.statuses(), ["stopped"]);
+    // Every byte there is, as many programs write them.
+    let bytes: Vec<u8> = (0..200_000u32)
+        .map(|n| (n.wrapping_mul(2_654_435_761) >> 11) as u8)
+        .collect();
+    let file = platform.dir.path().join("bytes");
+    std::fs::write(&file, &bytes).unwrap();
+    let output = platform.run(&["run", "--", "cat", file.to_str().unwrap()]);
+    assert_eq!(code(&output), 0, "{}", err(&output));
+    assert!(output.stdout == bytes, "{} bytes came", output.stdout.len());
 }
 
 #[test]
@@ -343,7 +352,7 @@ fn exec_runs_in_a_sandbox_that_is_there() {
     let output = platform.run(&["sandbox", "logs", &id, "--process", "web"]);
     assert_eq!(
         (code(&output), output.stdout.as_slice()),
-        (0, &b"listening\n"[..])
+        (0, &b"listening\xff\n"[..])
     );
     assert!(err(&output).contains("exit code 3"));
     assert_eq!(

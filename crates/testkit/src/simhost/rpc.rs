@@ -1,7 +1,8 @@
 //! The RPC over the model.
 //!
 //! Programs of the simulated guest: `echo ARGS`, `bytes HEX`, `exit N`, `cat` (until end of input or
-//! kill), `sleep` (until killed), `flood N` (N chunks of 64 KiB, made as they are asked for).
+//! kill), `sleep` (until killed), `flood N` (N chunks of 64 KiB, made as they are asked for), `drip HEX`
+//! (its bytes one by one to whoever follows it by pid or tag, until killed).
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -151,7 +152,7 @@ impl Agent {
             };
             let mut exit_code = 0;
             match cmd.as_str() {
-                "cat" | "sleep" => loop {
+                "cat" | "sleep" | "drip" => loop {
                     match hears.recv().await {
                         Some(ToProcess::Input(data)) if cmd == "cat" => {
                             let _ = say.send(Ok(out(data))).await;
@@ -204,14 +205,7 @@ impl Agent {
 fn run(cmd: &str, args: &[String]) -> (Vec<u8>, Vec<u8>, i32) {
     match cmd {
         "echo" => (format!("{}\n", args.join(" ")).into_bytes(), Vec::new(), 0),
-        "bytes" => {
-            let hex = args.first().cloned().unwrap_or_default();
-            let bytes = hex
-                .as_bytes()
-                .chunks(2)
-                .filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok());
-            (bytes.collect(), Vec::new(), 0)
-        }
+        "bytes" => (bytes(args), Vec::new(), 0),
         "exit" => (
             Vec::new(),
             b"bye\n".to_vec(),
@@ -219,6 +213,13 @@ fn run(cmd: &str, args: &[String]) -> (Vec<u8>, Vec<u8>, i32) {
         ),
         other => (Vec::new(), format!("{other}: not found\n").into_bytes(), 127),
     }
+}
+
+fn bytes(args: &[String]) -> Vec<u8> {
+    let hex = args.first().map(String::as_bytes).unwrap_or_default();
+    hex.chunks(2)
+        .filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok())
+        .collect()
 }
 
 fn event(event: Event) -> ProcessEvent {
@@ -414,12 +415,15 @@ impl HostAgent for Agent {
         self.shared.pass(Call::Other, &ctx).await?;
         let selector = request.process.into_option().and_then(|process| process.selector);
         let (pid, ears) = self.ears(&request.sandbox_id, selector.as_ref())?;
-        let tag = self
+        let (tag, drops) = self
             .shared
             .model()
             .processes
             .get(&pid)
-            .map(|process| process.tag.clone())
+            .map(|process| {
+                let drops = (process.cmd == "drip").then(|| bytes(&process.args));
+                (process.tag.clone(), drops.unwrap_or_default())
+            })
             .unwrap_or_default();
         let start = process_event::Start {
             pid,
@@ -436,9 +440,10 @@ impl HostAgent for Agent {
             };
             Ok(event(Event::from(exit)))
         };
-        let start: Result<ProcessEvent, ConnectError> = Ok(event(Event::from(start)));
+        let mut now: Vec<Result<ProcessEvent, ConnectError>> = vec![Ok(event(Event::from(start)))];
+        now.extend(drops.into_iter().map(|byte| Ok(event(Event::Stdout(vec![byte])))));
         Ok(Response::stream(
-            futures::stream::iter([start]).chain(futures::stream::once(end)),
+            futures::stream::iter(now).chain(futures::stream::once(end)),
         ))
     }
 

@@ -1,6 +1,11 @@
 //! `exec/stream`: start a program and follow it. `processes/{selector}/stream`: follow one that runs.
 //!
 //! A client that goes away leaves the program running: it can be followed again by its pid.
+//!
+//! Output is bytes, and a JSON frame holds text. Clients that say nothing get text: a character that is
+//! cut by a chunk's edge waits for its rest, and bytes that are no text become the replacement
+//! character. `?encoding=base64` is for those that need the bytes as they were written: every chunk
+//! travels as base64, and says so, so that a reader never has to guess.
 
 use axum::extract::State;
 use axum::extract::ws::{Message, WebSocketUpgrade};
@@ -8,6 +13,7 @@ use axum::response::Response;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
 use futures::StreamExt;
+use serde::Deserialize;
 use tokio::sync::mpsc;
 use wrenn_proto::rest::{ClientFrame, ErrorBody, ServerFrame};
 
@@ -16,13 +22,35 @@ use super::{
     receive, revoked, send,
 };
 use crate::api::error::{ApiError, ApiResult};
-use crate::api::extract::{Segments, SocketCaller};
+use crate::api::extract::{Params, Segments, SocketCaller};
 use crate::service::Services;
 use crate::service::processes::{Input, ProcessEvent, ProcessHandle, ProcessStream, Selector, Spec};
 use crate::{Error, ErrorCode};
 
 /// Pieces of standard input that wait for the program to read.
 const STDIN_QUEUE: usize = 64;
+
+/// How output travels.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize, utoipa::ToSchema)]
+pub(crate) enum Encoding {
+    /// Text; what is not valid UTF-8 is replaced.
+    #[default]
+    #[serde(rename = "utf-8")]
+    Utf8,
+    /// The bytes as they were written.
+    #[serde(rename = "base64")]
+    Base64,
+}
+
+/// How to speak.
+#[derive(Debug, Default, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct StreamParams {
+    /// How `stdout` and `stderr` carry their `data`: `utf-8`, the default, is text in which invalid bytes are
+    /// replaced; with `base64`, the frames have `"encoding": "base64"` and the bytes as they were written.
+    #[param(inline)]
+    encoding: Option<Encoding>,
+}
 
 type Upgrade = Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>;
 
@@ -41,17 +69,19 @@ pub(super) fn upgrade(upgrade: Upgrade) -> ApiResult<WebSocketUpgrade> {
 ///
 /// The first frame is `start`; `stop` kills the program; `input` and `eof` feed its standard input when
 /// `start` said `stdin`. The server sends `start`, `stdout`, `stderr`,
-/// `error` and at last `exit`.
+/// `error` and at last `exit`. `"binary": true` in `start` means the same as `encoding=base64`.
 #[utoipa::path(get, path = "/{id}/exec/stream", tag = "processes",
-    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])), responses(
+    params(("id" = String, Path, description = "`sb-{uuid}`"), StreamParams),
+    security(("api_key" = []), ("session" = [])), responses(
     (status = 101, description = "A WebSocket"),
-    (status = 400, body = ErrorBody, description = "`invalid_request`: not a WebSocket"),
+    (status = 400, body = ErrorBody, description = "`invalid_request`: not a WebSocket, or an unknown `encoding`"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
     (status = 404, body = ErrorBody, description = "`not_found`")))]
 pub(crate) async fn exec_stream(
     State(services): State<Services>,
     caller: SocketCaller,
     Segments(id): Segments<String>,
+    Params(StreamParams { encoding }): Params<StreamParams>,
     socket: Upgrade,
 ) -> ApiResult<Response> {
     if let Some(caller) = caller.known {
@@ -89,13 +119,20 @@ pub(crate) async fn exec_stream(
                 services
                     .start_process(known.principal, &id, spec, input)
                     .await
-                    .map(|started| (started, stdin, binary))
+                    .map(|started| {
+                        let encoding = if binary {
+                            Encoding::Base64
+                        } else {
+                            encoding.unwrap_or_default()
+                        };
+                        (started, stdin, encoding)
+                    })
             }
             Some(Ok(_)) => Err(Error::invalid("the first frame must be start")),
             Some(Err(error)) => Err(error),
         };
         match started {
-            Ok(((events, handle), stdin, binary)) => {
+            Ok(((events, handle), stdin, encoding)) => {
                 follow(
                     &services,
                     &known,
@@ -104,7 +141,7 @@ pub(crate) async fn exec_stream(
                     events,
                     &handle,
                     stdin,
-                    binary,
+                    encoding,
                 )
                 .await;
             }
@@ -115,16 +152,17 @@ pub(crate) async fn exec_stream(
 
 /// Follow a process that runs already (WebSocket).
 #[utoipa::path(get, path = "/{id}/processes/{selector}/stream", tag = "processes",
-    params(("id" = String, Path, description = "`sb-{uuid}`"), ("selector" = String, Path, description = "Pid or tag")),
+    params(("id" = String, Path, description = "`sb-{uuid}`"), ("selector" = String, Path, description = "Pid or tag"), StreamParams),
     security(("api_key" = []), ("session" = [])), responses(
     (status = 101, description = "A WebSocket"),
-    (status = 400, body = ErrorBody, description = "`invalid_request`: not a WebSocket"),
+    (status = 400, body = ErrorBody, description = "`invalid_request`: not a WebSocket, or an unknown `encoding`"),
     (status = 401, body = ErrorBody, description = "`unauthorized`"),
     (status = 404, body = ErrorBody, description = "`not_found`")))]
 pub(crate) async fn process_stream(
     State(services): State<Services>,
     caller: SocketCaller,
     Segments((id, selector)): Segments<(String, String)>,
+    Params(StreamParams { encoding }): Params<StreamParams>,
     socket: Upgrade,
 ) -> ApiResult<Response> {
     let selector = Selector::parse(&selector)?;
@@ -148,7 +186,7 @@ pub(crate) async fn process_stream(
                     events,
                     &handle,
                     false,
-                    false,
+                    encoding.unwrap_or_default(),
                 )
                 .await
             }
@@ -165,13 +203,13 @@ async fn follow(
     events: ProcessStream,
     handle: &ProcessHandle,
     stdin: bool,
-    binary: bool,
+    encoding: Encoding,
 ) {
     // Complaints about input travel to the writer, which alone owns the sink.
     let (complain, complaints) = mpsc::channel(8);
     let (feed, food) = mpsc::channel(STDIN_QUEUE);
     let ended = tokio::select! {
-        ended = write(sink, events, binary, complaints) => Some(ended),
+        ended = write(sink, events, encoding, complaints) => Some(ended),
         () = listen(stream, handle, stdin.then_some(feed), &complain) => None,
         never = feed_stdin(food, handle, &complain) => match never {},
         error = revoked(services, known) => Some(Err(Some(error))),
@@ -264,10 +302,10 @@ async fn feed_stdin(
 async fn write(
     sink: &mut Sink,
     mut events: ProcessStream,
-    binary: bool,
+    encoding: Encoding,
     mut complaints: mpsc::Receiver<Error>,
 ) -> Result<(), Option<Error>> {
-    let (mut out, mut err) = (Text::new(binary), Text::new(binary));
+    let (mut out, mut err) = (Output::new(encoding), Output::new(encoding));
     let gone = |_: Gone| None;
     loop {
         let event = tokio::select! {
@@ -320,30 +358,24 @@ async fn write(
 }
 
 /// One output stream's way into text frames.
-enum Text {
-    /// For clients that know text only.
-    Decoded(TextDecoder),
-    /// Byte-exact: base64 where a chunk is not text.
-    Exact,
+enum Output {
+    Text(TextDecoder),
+    Base64,
 }
 
-impl Text {
-    fn new(binary: bool) -> Self {
-        if binary {
-            Self::Exact
-        } else {
-            Self::Decoded(TextDecoder::default())
+impl Output {
+    fn new(encoding: Encoding) -> Self {
+        match encoding {
+            Encoding::Utf8 => Self::Text(TextDecoder::default()),
+            Encoding::Base64 => Self::Base64,
         }
     }
 
     /// A frame's data and encoding; `None` when there is nothing to send (yet).
     fn push(&mut self, data: Vec<u8>) -> Option<(String, Option<String>)> {
         let frame = match self {
-            Self::Decoded(decoder) => (decoder.push(&data), None),
-            Self::Exact => match String::from_utf8(data) {
-                Ok(text) => (text, None),
-                Err(error) => (BASE64.encode(error.as_bytes()), Some("base64".to_owned())),
-            },
+            Self::Text(decoder) => (decoder.push(&data), None),
+            Self::Base64 => (BASE64.encode(data), Some("base64".to_owned())),
         };
         Some(frame).filter(|(data, _)| !data.is_empty())
     }
@@ -351,8 +383,8 @@ impl Text {
     /// What is left at the end.
     fn finish(&mut self) -> Option<(String, Option<String>)> {
         match self {
-            Self::Decoded(decoder) => Some((decoder.finish(), None)).filter(|(data, _)| !data.is_empty()),
-            Self::Exact => None,
+            Self::Text(decoder) => Some((decoder.finish(), None)).filter(|(data, _)| !data.is_empty()),
+            Self::Base64 => None,
         }
     }
 }
