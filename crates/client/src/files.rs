@@ -22,7 +22,8 @@ const MAX_READ: usize = 256 << 20;
 /// How long writing a file from memory may take.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(600);
 
-/// The files of one sandbox. Paths are absolute, or relative to the home of its default user.
+/// The files of one sandbox. Paths are absolute, or relative to the home of its default user, or of another one
+/// ([`Self::as_user`]).
 ///
 /// ```no_run
 /// # async fn example(sandbox: wrenn_client::SandboxHandle) -> Result<(), wrenn_client::Error> {
@@ -39,6 +40,7 @@ const WRITE_TIMEOUT: Duration = Duration::from_secs(600);
 #[derive(Debug, Clone)]
 pub struct Files {
     sandbox: SandboxHandle,
+    user: Option<String>,
 }
 
 /// A file on its way out of a sandbox.
@@ -78,7 +80,32 @@ impl Download {
 
 impl Files {
     pub(crate) fn new(sandbox: SandboxHandle) -> Self {
-        Self { sandbox }
+        Self { sandbox, user: None }
+    }
+
+    /// The same files as another user sees them: relative paths start from that user's home, and what is made is
+    /// theirs.
+    ///
+    /// ```no_run
+    /// # async fn example(sandbox: wrenn_client::SandboxHandle) -> Result<(), wrenn_client::Error> {
+    /// sandbox.files().as_user("root").write(".ssh/authorized_keys", "ssh-ed25519 …\n").await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// A user that the sandbox does not know is an [`Error::InvalidRequest`] of each call.
+    #[must_use]
+    pub fn as_user(mut self, user: impl Into<String>) -> Self {
+        self.user = Some(user.into());
+        self
+    }
+
+    fn at(&self, path: &str, depth: Option<u32>) -> FilePath {
+        FilePath {
+            path: path.to_owned(),
+            depth,
+            user: self.user.clone(),
+        }
     }
 
     fn client(&self) -> &Client {
@@ -96,7 +123,7 @@ impl Files {
     /// # Errors
     /// [`Error::NotFound`]; [`Error::InvalidRequest`] when the path is a directory.
     pub async fn read(&self, path: &str) -> Result<Bytes> {
-        let request = self.post(&["stream", "read"], &file(path));
+        let request = self.post(&["stream", "read"], &self.at(path, None));
         let answer = self.client().send(request, Retry::Reads).await?;
         self.client().read(answer, MAX_READ).await
     }
@@ -106,7 +133,7 @@ impl Files {
     /// # Errors
     /// As [`Self::read`].
     pub async fn read_stream(&self, path: &str) -> Result<Download> {
-        let request = self.post(&["stream", "read"], &file(path));
+        let request = self.post(&["stream", "read"], &self.at(path, None));
         let answer = self.client().send(request, Retry::Reads).await?;
         Ok(Download {
             answer,
@@ -149,7 +176,7 @@ impl Files {
     pub async fn write(&self, path: &str, content: impl Into<Bytes>) -> Result<()> {
         let content = content.into();
         let size = content.len() as u64;
-        let form = form(path, Part::stream_with_length(Body::from(content), size));
+        let form = self.form(path, Part::stream_with_length(Body::from(content), size));
         self.send_form(form, Some(WRITE_TIMEOUT)).await
     }
 
@@ -187,7 +214,7 @@ impl Files {
             Some(size) => Part::stream_with_length(body, size),
             None => Part::stream(body),
         };
-        match self.send_form(form(path, part), None).await {
+        match self.send_form(self.form(path, part), None).await {
             Ok(()) => Ok(()),
             Err(error) => match failure.lock().ok().and_then(|mut slot| slot.take()) {
                 Some(source) => Err(Error::Io {
@@ -197,6 +224,21 @@ impl Files {
                 None => Err(error),
             },
         }
+    }
+
+    /// The file comes last, so that the server knows where to and as whom before its first byte.
+    fn form(&self, path: &str, content: Part) -> Form {
+        let name = path
+            .rsplit('/')
+            .next()
+            .filter(|name| !name.is_empty())
+            .unwrap_or("file")
+            .to_owned();
+        let mut form = Form::new().text("path", path.to_owned());
+        if let Some(user) = &self.user {
+            form = form.text("user", user.clone());
+        }
+        form.part("file", content.file_name(name))
     }
 
     async fn send_form(&self, form: Form, limit: Option<Duration>) -> Result<()> {
@@ -216,11 +258,9 @@ impl Files {
     /// # Errors
     /// [`Error::NotFound`]; [`Error::InvalidRequest`] when the path is no directory.
     pub async fn list(&self, path: &str, depth: u32) -> Result<Vec<FileEntry>> {
-        let body = FilePath {
-            path: path.to_owned(),
-            depth: Some(depth),
-        };
-        let request = self.post(&["list"], &body).timeout(CALL_TIMEOUT);
+        let request = self
+            .post(&["list"], &self.at(path, Some(depth)))
+            .timeout(CALL_TIMEOUT);
         Ok(self
             .client()
             .json::<FileList>(request, Retry::Reads)
@@ -233,7 +273,7 @@ impl Files {
     /// # Errors
     /// [`Error::Conflict`] when it exists already.
     pub async fn mkdir(&self, path: &str) -> Result<FileEntry> {
-        let request = self.post(&["mkdir"], &file(path)).timeout(CALL_TIMEOUT);
+        let request = self.post(&["mkdir"], &self.at(path, None)).timeout(CALL_TIMEOUT);
         Ok(self.client().json::<MadeDir>(request, Retry::Unsent).await?.entry)
     }
 
@@ -242,27 +282,7 @@ impl Files {
     /// # Errors
     /// [`Error::InvalidState`] when the sandbox does not run.
     pub async fn remove(&self, path: &str) -> Result<()> {
-        let request = self.post(&["remove"], &file(path)).timeout(CALL_TIMEOUT);
+        let request = self.post(&["remove"], &self.at(path, None)).timeout(CALL_TIMEOUT);
         self.client().send(request, Retry::Unsent).await.map(drop)
     }
-}
-
-fn file(path: &str) -> FilePath {
-    FilePath {
-        path: path.to_owned(),
-        depth: None,
-    }
-}
-
-/// The path comes first, so that the server knows where to before the first byte.
-fn form(path: &str, content: Part) -> Form {
-    let name = path
-        .rsplit('/')
-        .next()
-        .filter(|name| !name.is_empty())
-        .unwrap_or("file")
-        .to_owned();
-    Form::new()
-        .text("path", path.to_owned())
-        .part("file", content.file_name(name))
 }

@@ -311,6 +311,34 @@ async fn files_go_both_ways_whole() {
 }
 
 #[tokio::test]
+async fn files_are_those_of_the_user_that_was_named() {
+    let (stub, sandbox) = sandbox().await;
+    let files = sandbox.files().as_user("root");
+    files.write("keys/a", "x").await.unwrap();
+    assert_eq!(std::fs::read(stub.root.join("home/root/keys/a")).unwrap(), b"x");
+    assert_eq!(files.read("keys/a").await.unwrap(), "x");
+    assert_eq!(files.list("keys", 1).await.unwrap().len(), 1);
+    files.mkdir("made").await.unwrap();
+    assert!(stub.root.join("home/root/made").is_dir());
+    files.remove("made").await.unwrap();
+    assert!(!stub.root.join("home/root/made").exists());
+    // Without one, none is sent.
+    let before = stub.count("AS ");
+    sandbox.files().list("/", 1).await.unwrap();
+    assert_eq!(stub.count("AS "), before);
+    let error = sandbox
+        .files()
+        .as_user("nobody-here")
+        .read("x")
+        .await
+        .unwrap_err();
+    assert!(
+        matches!(&error, Error::InvalidRequest(_)) && error.to_string().contains("user"),
+        "{error}"
+    );
+}
+
+#[tokio::test]
 async fn a_transfer_that_breaks_is_an_error_and_not_a_short_file() {
     let (_stub, sandbox) = sandbox().await;
     let mut chunks = Box::pin(sandbox.files().read_stream("/cut").await.unwrap().into_stream());

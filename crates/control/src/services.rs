@@ -22,7 +22,7 @@ pub use crate::domain::{Actor, Host, HostStatus, Principal, Role, Sandbox, Sessi
 pub use crate::service::Services;
 pub use crate::service::audit::ListAudit;
 pub use crate::service::channels::ShownChannel;
-pub use crate::service::files::FileStream;
+pub use crate::service::files::{FileStream, FileTarget};
 pub use crate::service::processes::{
     ExecOutcome, Input, ProcessEvent, ProcessHandle, ProcessStream, Selector, Spec,
 };

@@ -449,6 +449,67 @@ async fn files_go_in_and_out() {
 }
 
 #[tokio::test]
+async fn files_are_those_of_the_user_that_was_named() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    let files = format!("/v1/sandboxes/{sandbox}/files");
+    let upload = |user: Option<&str>| {
+        let mut form = reqwest::multipart::Form::new().text("path", "note");
+        if let Some(user) = user {
+            form = form.text("user", user.to_owned());
+        }
+        let form = form.part("file", reqwest::multipart::Part::bytes(b"hi".to_vec()));
+        answer(world.request("POST", &format!("{files}/write")).multipart(form))
+    };
+    for (user, home, owner) in [
+        (None, "/home/user", "user"),
+        // As for exec, an empty one is none.
+        (Some(""), "/home/user", "user"),
+        (Some("root"), "/root", "root"),
+    ] {
+        assert_eq!(upload(user).await.0, 204);
+        let ask = |path: &str| match user {
+            Some(user) => json!({"path": path, "user": user}),
+            None => json!({"path": path}),
+        };
+        let (_, listed) = world.post(&format!("{files}/list"), ask(home)).await;
+        let entry = &listed["entries"][0];
+        assert_eq!(
+            (&entry["path"], &entry["owner"]),
+            (&json!(format!("{home}/note")), &json!(owner)),
+            "{listed}"
+        );
+        let read = world.request("POST", &format!("{files}/read")).json(&ask("note"));
+        let read = read.send().await.expect("an answer");
+        assert_eq!(read.bytes().await.expect("the bytes"), "hi");
+        let (status, made) = world.post(&format!("{files}/mkdir"), ask("d")).await;
+        assert_eq!(
+            (status, &made["entry"]["path"], &made["entry"]["owner"]),
+            (200, &json!(format!("{home}/d")), &json!(owner)),
+            "{made}"
+        );
+        for path in ["note", "d"] {
+            let (status, body) = world.post(&format!("{files}/remove"), ask(path)).await;
+            assert_eq!(status, 204, "{body}");
+        }
+        let (_, listed) = world.post(&format!("{files}/list"), ask(home)).await;
+        assert_eq!(listed["entries"], json!([]));
+    }
+    // Unknown in the sandbox, or no name at all: the field is named.
+    for user in ["ghost", "a/b", "a\nb"] {
+        let (status, body) = upload(Some(user)).await;
+        assert_eq!((status, code(&body)), (400, "invalid_request"), "{user}: {body}");
+        assert!(message(&body).contains("user"), "{body}");
+        for route in ["read", "stream/read", "list", "mkdir", "remove"] {
+            let ask = json!({"path": "note", "user": user});
+            let (status, body) = world.post(&format!("{files}/{route}"), ask).await;
+            assert_eq!((status, code(&body)), (400, "invalid_request"), "{route}: {body}");
+            assert!(message(&body).contains("user"), "{route}: {body}");
+        }
+    }
+}
+
+#[tokio::test]
 async fn half_an_upload_is_not_a_file() {
     let world = World::new().await;
     let sandbox = world.sandbox().await;

@@ -292,6 +292,10 @@ body! {
         /// How deep to list; 0 and 1 mean the directory's own entries. Only for `files/list`.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub depth: Option<u32>,
+        /// User whose home relative paths start from, and who owns what is made; the template's default user
+        /// when absent.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        pub user: Option<String>,
     }
 
     /// A file, directory or symbolic link.

@@ -427,6 +427,25 @@ fn files_are_copied_both_ways() {
 }
 
 #[test]
+fn files_are_copied_as_a_user() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let platform = Platform::start();
+    let id = platform.stub.sandbox();
+    platform.write("app/tool", "#!/bin/sh");
+    let tool = platform.dir.path().join("app/tool");
+    std::fs::set_permissions(&tool, std::fs::Permissions::from_mode(0o755)).unwrap();
+    platform.out(&["sandbox", "cp", "--user", "root", "app", &format!("{id}:app")]);
+    assert!(platform.stub.root.join("home/root/app/tool").is_file());
+    platform.out(&["sandbox", "cp", "-u", "root", &format!("{id}:app/tool"), "back"]);
+    assert_eq!(platform.read("back"), "#!/bin/sh");
+    // What makes it executable runs as the same user: a file of root's is not another's to change.
+    assert_eq!(platform.stub.count("EXEC root chmod"), 1);
+    let output = platform.run(&["sandbox", "cp", "--user", "no-one", "back", &format!("{id}:back")]);
+    assert_eq!(code(&output), 125);
+    assert!(err(&output).contains("user"), "{}", err(&output));
+}
+
+#[test]
 fn standard_streams_are_copied() {
     let platform = Platform::start();
     let id = platform.stub.sandbox();

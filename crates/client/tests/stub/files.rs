@@ -17,12 +17,17 @@ pub(super) async fn write(State(stub): State<Stub>, Path(id): Path<String>, mut 
     let path = form.next_field().await.unwrap().unwrap();
     assert_eq!(path.name(), Some("path"), "the path comes first");
     let path = path.text().await.unwrap();
-    let target = stub.path(&path);
+    let mut field = form.next_field().await.unwrap().unwrap();
+    let mut user = None;
+    if field.name() == Some("user") {
+        user = Some(field.text().await.unwrap());
+        field = form.next_field().await.unwrap().unwrap();
+    }
+    let target = stub.file(&path, user.as_deref())?;
     if target.is_dir() {
         return Err(refuse(400, "invalid_request", &format!("{path} is a directory")));
     }
     std::fs::create_dir_all(target.parent().unwrap()).unwrap();
-    let mut field = form.next_field().await.unwrap().unwrap();
     assert_eq!(field.name(), Some("file"));
     let mut file = tokio::fs::File::create(&target).await.unwrap();
     loop {
@@ -50,10 +55,9 @@ pub(super) async fn read(
         ];
         return Ok(Body::from_stream(futures::stream::iter(chunks)).into_response());
     }
-    match tokio::fs::File::open(stub.path(path)).await {
-        Ok(_) if stub.path(path).is_dir() => {
-            Err(refuse(400, "invalid_request", &format!("{path} is a directory")))
-        }
+    let source = stub.file(path, body["user"].as_str())?;
+    match tokio::fs::File::open(&source).await {
+        Ok(_) if source.is_dir() => Err(refuse(400, "invalid_request", &format!("{path} is a directory"))),
         Ok(file) => Ok(Body::from_stream(tokio_util::io::ReaderStream::new(file)).into_response()),
         Err(_) => Err(refuse(404, "not_found", &format!("{path} was not found"))),
     }
@@ -95,7 +99,7 @@ pub(super) async fn list_files(
             (json!("link"), json!("symlink"), json!("/etc"));
         return Ok(Json(json!({"entries": [bad, link]})).into_response());
     }
-    let directory = stub.path(path);
+    let directory = stub.file(path, body["user"].as_str())?;
     if !directory.exists() {
         return Err(refuse(404, "not_found", &format!("{path} was not found")));
     }
@@ -134,11 +138,12 @@ pub(super) async fn mkdir(
 ) -> Answer {
     stub.known(&id)?;
     let path = body["path"].as_str().unwrap();
-    if stub.path(path).exists() {
+    let target = stub.file(path, body["user"].as_str())?;
+    if target.exists() {
         return Err(refuse(409, "conflict", &format!("{path} exists")));
     }
-    std::fs::create_dir_all(stub.path(path)).unwrap();
-    Ok(Json(json!({"entry": entry(&stub.path(path), path)})).into_response())
+    std::fs::create_dir_all(&target).unwrap();
+    Ok(Json(json!({"entry": entry(&target, path)})).into_response())
 }
 
 pub(super) async fn remove(
@@ -147,7 +152,7 @@ pub(super) async fn remove(
     Json(body): Json<Value>,
 ) -> Answer {
     stub.known(&id)?;
-    let path = stub.path(body["path"].as_str().unwrap());
+    let path = stub.file(body["path"].as_str().unwrap(), body["user"].as_str())?;
     let _ = if path.is_dir() {
         std::fs::remove_dir_all(path)
     } else {

@@ -151,6 +151,23 @@ impl Stub {
         self.root.join(path.trim_start_matches('/'))
     }
 
+    /// Where a file of a request is: relative paths of a named user start below their home.
+    fn file(&self, path: &str, user: Option<&str>) -> Result<PathBuf, Response> {
+        let Some(user) = user else {
+            return Ok(self.path(path));
+        };
+        self.state.lock().unwrap().log.push(format!("AS {user} {path}"));
+        match user {
+            _ if user != "root" && user != "user" => Err(refuse(
+                400,
+                "invalid_request",
+                &format!("user: invalid username: '{user}'"),
+            )),
+            _ if path.starts_with('/') => Ok(self.path(path)),
+            _ => Ok(self.root.join("home").join(user).join(path)),
+        }
+    }
+
     fn known(&self, id: &str) -> Result<(), Response> {
         if self.state.lock().unwrap().sandboxes.contains_key(id) {
             Ok(())
@@ -259,6 +276,9 @@ async fn exec(State(stub): State<Stub>, Path(id): Path<String>, Json(body): Json
         let started = json!({"sandbox_id": id, "cmd": cmd, "pid": 7, "tag": tag});
         return Ok((StatusCode::ACCEPTED, Json(started)).into_response());
     }
+    let user = body["user"].as_str();
+    let line = format!("EXEC {} {cmd}", user.unwrap_or("-"));
+    stub.state.lock().unwrap().log.push(line);
     // Paths of the sandbox that are given to `chmod` mean the directory.
     let args: Vec<String> = strings(&body["args"])
         .into_iter()
@@ -272,7 +292,7 @@ async fn exec(State(stub): State<Stub>, Path(id): Path<String>, Json(body): Json
         .collect();
     let output = tokio::process::Command::new(&cmd)
         .args(args)
-        .current_dir(&stub.root)
+        .current_dir(user.map_or(stub.root.clone(), |user| stub.root.join("home").join(user)))
         .output()
         .await
         .unwrap();

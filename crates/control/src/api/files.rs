@@ -14,17 +14,21 @@ use super::error::ApiResult;
 use super::extract::{Body, Caller, Segments};
 use crate::domain::Principal;
 use crate::service::Services;
+use crate::service::files::FileTarget;
 use crate::{Error, Result};
 
-/// Largest `path` part.
-const MAX_PATH_PART: usize = 8192;
+/// Largest part other than the file.
+const MAX_TEXT_PART: usize = 8192;
 
 /// A multipart upload, for the document.
 #[derive(utoipa::ToSchema)]
 #[expect(dead_code, reason = "describes the form in the OpenAPI document")]
 pub(crate) struct Upload {
-    /// Where to write it; has to come first.
+    /// Where to write it; has to come before the file.
     path: String,
+    /// User whose home a relative path starts from, and who owns what is made; the template's default user
+    /// when absent. Has to come before the file.
+    user: Option<String>,
     /// The file's bytes.
     #[schema(value_type = String, format = Binary)]
     file: Vec<u8>,
@@ -32,7 +36,8 @@ pub(crate) struct Upload {
 
 /// Write a file.
 ///
-/// A multipart form with `path` first and `file` second; the file streams through and may be of any size.
+/// A multipart form with `path` first, then `user` if wanted, and `file` last; the file streams through and may be
+/// of any size.
 #[utoipa::path(post, path = "/{id}/files/write", tag = "files",
     params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])),
     request_body(content = Upload, content_type = "multipart/form-data"), responses(
@@ -72,6 +77,11 @@ pub(crate) async fn stream_write(
     upload(&services, caller, &id, request).await
 }
 
+/// A body's target, and how deep to list it.
+fn target(FilePath { path, depth, user }: FilePath) -> (FileTarget, u32) {
+    (FileTarget { path, user }, depth.unwrap_or_default())
+}
+
 async fn upload(services: &Services, caller: Principal, id: &str, request: Request) -> ApiResult<StatusCode> {
     let mut form = Multipart::from_request(request, services)
         .await
@@ -82,22 +92,26 @@ async fn upload(services: &Services, caller: Principal, id: &str, request: Reque
             error.body_text()
         ))
     };
-    let mut path: Option<String> = None;
+    let (mut path, mut user) = (None, None);
     while let Some(mut part) = form.next_field().await.map_err(broken)? {
         match part.name() {
-            Some("path") => {
+            Some(name @ ("path" | "user")) => {
+                let name = name.to_owned();
                 let mut text = Vec::new();
                 while let Some(chunk) = part.chunk().await.map_err(broken)? {
                     text.extend_from_slice(&chunk);
-                    if text.len() > MAX_PATH_PART {
-                        return Err(Error::invalid("path is too long").into());
+                    if text.len() > MAX_TEXT_PART {
+                        return Err(Error::invalid(format!("{name} is too long")).into());
                     }
                 }
-                path = Some(String::from_utf8(text).map_err(|_| Error::invalid("path must be UTF-8"))?);
+                let text =
+                    String::from_utf8(text).map_err(|_| Error::invalid(format!("{name} must be UTF-8")))?;
+                *(if name == "path" { &mut path } else { &mut user }) = Some(text);
             }
             Some("file") => {
                 let path =
                     path.ok_or_else(|| Error::invalid("the part path has to come before the part file"))?;
+                let target = FileTarget { path, user };
                 let content = futures::stream::unfold(Some(part), |part| async move {
                     let mut part = part?;
                     match part.chunk().await {
@@ -110,7 +124,7 @@ async fn upload(services: &Services, caller: Principal, id: &str, request: Reque
                         }
                     }
                 });
-                services.write_file(caller, id, path, content).await?;
+                services.write_file(caller, id, target, content).await?;
                 return Ok(StatusCode::NO_CONTENT);
             }
             // Parts that nobody asked for are skipped; the next call to the form discards them.
@@ -159,7 +173,7 @@ pub(crate) async fn stream_read(
 }
 
 async fn download(services: &Services, caller: Principal, id: &str, body: FilePath) -> ApiResult<Response> {
-    let file = services.read_file(caller, id, body.path).await?;
+    let file = services.read_file(caller, id, target(body).0).await?;
     // An error in the middle cuts the connection: the client sees an incomplete answer, not a short file.
     let bytes = file
         .into_stream()
@@ -181,11 +195,10 @@ pub(crate) async fn list(
     State(services): State<Services>,
     Caller(caller): Caller,
     Segments(id): Segments<String>,
-    Body(FilePath { path, depth }): Body<FilePath>,
+    Body(body): Body<FilePath>,
 ) -> ApiResult<Json<FileList>> {
-    let entries = services
-        .list_dir(caller, &id, path, depth.unwrap_or_default())
-        .await?;
+    let (target, depth) = target(body);
+    let entries = services.list_dir(caller, &id, target, depth).await?;
     Ok(Json(FileList {
         entries: entries.into_iter().map(convert::entry).collect(),
     }))
@@ -206,7 +219,7 @@ pub(crate) async fn mkdir(
     Segments(id): Segments<String>,
     Body(body): Body<FilePath>,
 ) -> ApiResult<Json<MadeDir>> {
-    let entry = services.make_dir(caller, &id, body.path).await?;
+    let entry = services.make_dir(caller, &id, target(body).0).await?;
     Ok(Json(MadeDir {
         entry: convert::entry(entry),
     }))
@@ -227,6 +240,6 @@ pub(crate) async fn remove(
     Segments(id): Segments<String>,
     Body(body): Body<FilePath>,
 ) -> ApiResult<StatusCode> {
-    services.remove_path(caller, &id, body.path).await?;
+    services.remove_path(caller, &id, target(body).0).await?;
     Ok(StatusCode::NO_CONTENT)
 }

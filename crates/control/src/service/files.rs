@@ -23,6 +23,26 @@ const CHUNK: usize = 256 * 1024;
 /// How much of a refused upload is read and thrown away, so that its sender gets to see the refusal.
 const DRAIN: u64 = 8 << 20;
 
+/// What a request is about in a guest.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FileTarget {
+    /// Absolute, or relative to the user's home.
+    pub path: String,
+    /// Whose home that is, and who owns what is made; the template's default user when absent.
+    pub user: Option<String>,
+}
+
+impl FileTarget {
+    fn checked(self) -> Result<Self> {
+        let Self { path, user } = self;
+        validate::path(&path)?;
+        Ok(Self {
+            path,
+            user: validate::word("user", user)?,
+        })
+    }
+}
+
 /// A file's bytes on their way out.
 pub struct FileStream {
     first: Option<Bytes>,
@@ -36,10 +56,10 @@ impl Services {
         &self,
         principal: Principal,
         id: &str,
-        path: String,
+        target: FileTarget,
         content: impl Stream<Item = Result<Bytes>> + Send,
     ) -> Result<()> {
-        validate::path(&path)?;
+        let FileTarget { path, user } = target.checked()?;
         let (sandbox, client) = self.running(principal, id, "write a file in").await?;
         let limit = self.config.limits.max_upload_bytes.unwrap_or(u64::MAX);
         // The sender outlives the call in every early return: the call sees an end only when `drop` says so.
@@ -47,7 +67,7 @@ impl Services {
         let target = hostagent::write_file_stream_request::Target {
             sandbox_id: sandbox.id.to_string(),
             path,
-            user: None,
+            user,
             ..Default::default()
         };
         let first = hostagent::WriteFileStreamRequest {
@@ -112,13 +132,13 @@ impl Services {
 
     /// Opens a file. Its first bytes are there when this returns, so a missing file is an error here and
     /// not in the middle of an answer.
-    pub async fn read_file(&self, principal: Principal, id: &str, path: String) -> Result<FileStream> {
-        validate::path(&path)?;
+    pub async fn read_file(&self, principal: Principal, id: &str, target: FileTarget) -> Result<FileStream> {
+        let FileTarget { path, user } = target.checked()?;
         let (sandbox, client) = self.running(principal, id, "read a file of").await?;
         let request = hostagent::ReadFileRequest {
             sandbox_id: sandbox.id.to_string(),
             path,
-            user: None,
+            user,
             ..Default::default()
         };
         let chunks = client.read_file_stream(request).await.map_err(rpc::error)?;
@@ -133,17 +153,17 @@ impl Services {
         &self,
         principal: Principal,
         id: &str,
-        path: String,
+        target: FileTarget,
         depth: u32,
     ) -> Result<Vec<hostagent::FileEntry>> {
-        validate::path(&path)?;
+        let FileTarget { path, user } = target.checked()?;
         validate::within("depth", depth, 0, 64)?;
         let (sandbox, client) = self.running(principal, id, "list files of").await?;
         let request = hostagent::ListDirRequest {
             sandbox_id: sandbox.id.to_string(),
             path,
             depth,
-            user: None,
+            user,
             ..Default::default()
         };
         let answer = client
@@ -158,14 +178,14 @@ impl Services {
         &self,
         principal: Principal,
         id: &str,
-        path: String,
+        target: FileTarget,
     ) -> Result<hostagent::FileEntry> {
-        validate::path(&path)?;
+        let FileTarget { path, user } = target.checked()?;
         let (sandbox, client) = self.running(principal, id, "make a directory in").await?;
         let request = hostagent::MakeDirRequest {
             sandbox_id: sandbox.id.to_string(),
             path,
-            user: None,
+            user,
             ..Default::default()
         };
         let answer = client
@@ -180,13 +200,13 @@ impl Services {
     }
 
     /// Removes a file, or a directory with what is in it.
-    pub async fn remove_path(&self, principal: Principal, id: &str, path: String) -> Result<()> {
-        validate::path(&path)?;
+    pub async fn remove_path(&self, principal: Principal, id: &str, target: FileTarget) -> Result<()> {
+        let FileTarget { path, user } = target.checked()?;
         let (sandbox, client) = self.running(principal, id, "remove a file of").await?;
         let request = hostagent::RemovePathRequest {
             sandbox_id: sandbox.id.to_string(),
             path,
-            user: None,
+            user,
             ..Default::default()
         };
         client

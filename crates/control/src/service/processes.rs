@@ -105,13 +105,7 @@ impl Spec {
         if let Some(cwd) = &cwd {
             validate::path(cwd).map_err(|error| Error::invalid(format!("cwd: {}", error.message)))?;
         }
-        let word = |field: &str, word: Option<String>| match word.filter(|word| !word.is_empty()) {
-            Some(word) if word.len() > 256 || word.contains(['\0', '/', '\n']) => Err(Error::invalid(
-                format!("{field} must be a word of at most 256 bytes"),
-            )),
-            word => Ok(word),
-        };
-        let tag = word("tag", tag)?;
+        let tag = validate::word("tag", tag)?;
         if tag.as_ref().is_some_and(|tag| tag.parse::<u32>().is_ok()) {
             return Err(Error::invalid(
                 "tag must not be a number, since numbers select by pid",
@@ -122,7 +116,7 @@ impl Spec {
             args,
             envs: envs.into_iter().collect(),
             cwd,
-            user: word("user", user)?,
+            user: validate::word("user", user)?,
             tag,
             ..Default::default()
         })

@@ -147,6 +147,16 @@ pub(crate) fn path(path: &str) -> Result<()> {
     Ok(())
 }
 
+/// A short name inside a guest (a user, a tag); an empty one counts as absent.
+pub(crate) fn word(field: &str, word: Option<String>) -> Result<Option<String>> {
+    match word.filter(|word| !word.is_empty()) {
+        Some(word) if word.len() > 256 || word.contains(['\0', '/', '\n']) => Err(Error::invalid(format!(
+            "{field} must be a word of at most 256 bytes"
+        ))),
+        word => Ok(word),
+    }
+}
+
 /// Most items in one page of a listing.
 const MAX_PAGE: u32 = 1000;
 /// Items in a page when the client names no number.

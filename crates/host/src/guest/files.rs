@@ -28,7 +28,7 @@ impl GuestClient {
             .headers_mut()
             .insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
         let answer = self.http(request).await?;
-        let bytes = self.expect_success(answer).await?;
+        let bytes = self.expect_success(answer).await.map_err(unknown_user)?;
         let written: Vec<wrenn_proto::guest::WrittenFile> = serde_json::from_slice(&bytes)
             .map_err(|error| HostError::Guest(format!("its answer to an upload makes no sense: {error}")))?;
         Ok(written
@@ -45,7 +45,9 @@ impl GuestClient {
             .await?;
         if !answer.status().is_success() {
             let refused = tokio::time::timeout(FIRST_ANSWER, self.expect_success(answer)).await;
-            refused.map_err(|_| HostError::Guest("it does not say why it refuses".to_owned()))??;
+            refused
+                .map_err(|_| HostError::Guest("it does not say why it refuses".to_owned()))?
+                .map_err(unknown_user)?;
             return Err(HostError::Guest(
                 "it answered a download with an odd status".to_owned(),
             ));
@@ -121,6 +123,19 @@ pub(crate) fn sync_stream<T: Send + 'static>(
     stream: impl Stream<Item = T> + Send + 'static,
 ) -> impl Stream<Item = T> + Send + Sync + 'static {
     sync_wrapper::SyncStream::new(stream.boxed())
+}
+
+/// The guest's word for an unknown user is a refusal of the caller; for our caller it is a bad argument.
+fn unknown_user(error: HostError) -> HostError {
+    match error {
+        HostError::GuestRefused(refusal) if refusal.code == connectrpc::ErrorCode::Unauthenticated => {
+            HostError::InvalidArgument {
+                field: "user",
+                message: refusal.message.unwrap_or_default(),
+            }
+        }
+        error => error,
+    }
 }
 
 fn files_path(path: &str, user: Option<&str>) -> String {

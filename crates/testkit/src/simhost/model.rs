@@ -34,6 +34,8 @@ pub struct SimSandbox {
     pub files: BTreeMap<String, Vec<u8>>,
     /// Directories by absolute path.
     pub dirs: HashSet<String>,
+    /// Who made the file or directory with this absolute path.
+    pub owners: BTreeMap<String, String>,
 }
 
 /// What a process hears.
@@ -87,7 +89,8 @@ impl SimSandbox {
             created_at_ms,
             request: hostagent::CreateSandboxRequest::default(),
             files: BTreeMap::new(),
-            dirs: HashSet::from(["/".to_owned(), "/tmp".to_owned()]),
+            dirs: ["/", "/tmp", "/home/user", "/root"].map(str::to_owned).into(),
+            owners: BTreeMap::new(),
         }
     }
 

@@ -3,6 +3,8 @@
 //! Programs of the simulated guest: `echo ARGS`, `bytes HEX`, `exit N`, `cat` (until end of input or
 //! kill), `sleep` (until killed), `flood N` (N chunks of 64 KiB, made as they are asked for), `drip HEX`
 //! (its bytes one by one to whoever follows it by pid or tag, until killed).
+//!
+//! Its users are `user`, whose home is `/home/user` and who is the default, and `root`.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -222,6 +224,25 @@ fn bytes(args: &[String]) -> Vec<u8> {
         .collect()
 }
 
+/// A path as this user means it, and the user.
+fn place(path: &str, user: Option<&str>) -> Result<(String, String), ConnectError> {
+    let (user, home) = match user {
+        None | Some("user") => ("user", "/home/user"),
+        Some("root") => ("root", "/root"),
+        Some(other) => {
+            return Err(ConnectError::invalid_argument(format!(
+                "user: invalid username: '{other}'"
+            )));
+        }
+    };
+    let path = if path.starts_with('/') {
+        path.to_owned()
+    } else {
+        format!("{home}/{path}")
+    };
+    Ok((path, user.to_owned()))
+}
+
 fn event(event: Event) -> ProcessEvent {
     ProcessEvent {
         event: Some(event),
@@ -236,7 +257,7 @@ fn response(id: SandboxId, sandbox: &SimSandbox) -> SandboxResponse {
     }
 }
 
-fn entry(path: &str, size: Option<usize>) -> FileEntry {
+fn entry(path: &str, owner: Option<&String>, size: Option<usize>) -> FileEntry {
     FileEntry {
         name: path.rsplit('/').next().unwrap_or_default().to_owned(),
         path: path.to_owned(),
@@ -249,8 +270,8 @@ fn entry(path: &str, size: Option<usize>) -> FileEntry {
         size: i64::try_from(size.unwrap_or(4096)).unwrap_or(i64::MAX),
         mode: 0o644,
         permissions: "-rw-r--r--".to_owned(),
-        owner: "user".to_owned(),
-        group: "user".to_owned(),
+        owner: owner.map_or("user", String::as_str).to_owned(),
+        group: owner.map_or("user", String::as_str).to_owned(),
         modified_at: 1,
         ..Default::default()
     }
@@ -527,9 +548,11 @@ impl HostAgent for Agent {
     ) -> ServiceResult<WriteFileResponse> {
         let request = request.to_owned_message();
         self.shared.pass(Call::Write, &ctx).await?;
-        let (path, size) = (request.path.clone(), request.content.len() as u64);
+        let (path, user) = place(&request.path, request.user.as_deref())?;
+        let size = request.content.len() as u64;
         self.running(&request.sandbox_id, |sandbox| {
-            sandbox.files.insert(request.path, request.content);
+            sandbox.files.insert(path.clone(), request.content);
+            sandbox.owners.insert(path.clone(), user);
             Ok(())
         })?;
         Response::ok(WriteFileResponse {
@@ -546,10 +569,11 @@ impl HostAgent for Agent {
     ) -> ServiceResult<ReadFileResponse> {
         let request = request.to_owned_message();
         self.shared.pass(Call::Read, &ctx).await?;
+        let (path, _) = place(&request.path, request.user.as_deref())?;
         let content = self.running(&request.sandbox_id, |sandbox| {
             sandbox
                 .files
-                .get(&request.path)
+                .get(&path)
                 .cloned()
                 .ok_or_else(|| ConnectError::not_found("no such file"))
         })?;
@@ -575,8 +599,9 @@ impl HostAgent for Agent {
                 "the first message must name the file",
             ));
         };
+        let (path, user) = place(&target.path, target.user.as_deref())?;
         self.running(&target.sandbox_id, |sandbox| {
-            let parent = target.path.rsplit_once('/').map_or("", |(parent, _)| parent);
+            let parent = path.rsplit_once('/').map_or("", |(parent, _)| parent);
             if parent.is_empty() || sandbox.dirs.contains(parent) {
                 Ok(())
             } else {
@@ -589,9 +614,10 @@ impl HostAgent for Agent {
                 content.extend_from_slice(&data);
             }
         }
-        let (path, size) = (target.path.clone(), content.len() as u64);
+        let size = content.len() as u64;
         self.running(&target.sandbox_id, |sandbox| {
             sandbox.files.insert(path.clone(), content);
+            sandbox.owners.insert(path.clone(), user);
             Ok(())
         })?;
         Response::ok(WriteFileResponse {
@@ -623,10 +649,11 @@ impl HostAgent for Agent {
             });
             return Ok(Response::stream(chunks));
         }
+        let (path, _) = place(&request.path, request.user.as_deref())?;
         let content = self.running(&request.sandbox_id, |sandbox| {
             sandbox
                 .files
-                .get(&request.path)
+                .get(&path)
                 .cloned()
                 .ok_or_else(|| ConnectError::not_found("no such file"))
         })?;
@@ -644,15 +671,16 @@ impl HostAgent for Agent {
     ) -> ServiceResult<StatPathResponse> {
         let request = request.to_owned_message();
         self.shared.pass(Call::Other, &ctx).await?;
-        let size = self.running(&request.sandbox_id, |sandbox| {
-            sandbox
+        let (path, _) = place(&request.path, request.user.as_deref())?;
+        let found = self.running(&request.sandbox_id, |sandbox| {
+            let content = sandbox
                 .files
-                .get(&request.path)
-                .map(Vec::len)
-                .ok_or_else(|| ConnectError::not_found("no such file"))
+                .get(&path)
+                .ok_or_else(|| ConnectError::not_found("no such file"))?;
+            Ok(entry(&path, sandbox.owners.get(&path), Some(content.len())))
         })?;
         Response::ok(StatPathResponse {
-            entry: entry(&request.path, Some(size)).into(),
+            entry: found.into(),
             ..Default::default()
         })
     }
@@ -664,17 +692,15 @@ impl HostAgent for Agent {
     ) -> ServiceResult<ListDirResponse> {
         let request = request.to_owned_message();
         self.shared.pass(Call::Other, &ctx).await?;
+        let (path, _) = place(&request.path, request.user.as_deref())?;
         let entries = self.running(&request.sandbox_id, |sandbox| {
-            if !sandbox.dirs.contains(&request.path) {
-                return Err(ConnectError::not_found(format!(
-                    "{}: no such directory",
-                    request.path
-                )));
+            if !sandbox.dirs.contains(&path) {
+                return Err(ConnectError::not_found(format!("{path}: no such directory")));
             }
-            let inside = format!("{}/", request.path.trim_end_matches('/'));
+            let inside = format!("{}/", path.trim_end_matches('/'));
             let files = sandbox.files.iter().filter(|(path, _)| path.starts_with(&inside));
             Ok(files
-                .map(|(path, content)| entry(path, Some(content.len())))
+                .map(|(path, content)| entry(path, sandbox.owners.get(path), Some(content.len())))
                 .collect())
         })?;
         Response::ok(ListDirResponse {
@@ -690,15 +716,17 @@ impl HostAgent for Agent {
     ) -> ServiceResult<MakeDirResponse> {
         let request = request.to_owned_message();
         self.shared.pass(Call::Other, &ctx).await?;
+        let (path, user) = place(&request.path, request.user.as_deref())?;
         self.running(&request.sandbox_id, |sandbox| {
-            if sandbox.dirs.insert(request.path.clone()) {
+            if sandbox.dirs.insert(path.clone()) {
+                sandbox.owners.insert(path.clone(), user.clone());
                 Ok(())
             } else {
-                Err(ConnectError::already_exists(format!("{} exists", request.path)))
+                Err(ConnectError::already_exists(format!("{path} exists")))
             }
         })?;
         Response::ok(MakeDirResponse {
-            entry: entry(&request.path, None).into(),
+            entry: entry(&path, Some(&user), None).into(),
             ..Default::default()
         })
     }
@@ -710,12 +738,13 @@ impl HostAgent for Agent {
     ) -> ServiceResult<RemovePathResponse> {
         let request = request.to_owned_message();
         self.shared.pass(Call::Other, &ctx).await?;
+        let (path, _) = place(&request.path, request.user.as_deref())?;
         self.running(&request.sandbox_id, |sandbox| {
-            let inside = format!("{}/", request.path);
+            let inside = format!("{path}/");
             sandbox
                 .files
-                .retain(|path, _| *path != request.path && !path.starts_with(&inside));
-            sandbox.dirs.remove(&request.path);
+                .retain(|file, _| *file != path && !file.starts_with(&inside));
+            sandbox.dirs.remove(&path);
             Ok(())
         })?;
         Response::ok(RemovePathResponse::default())

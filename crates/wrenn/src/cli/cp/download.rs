@@ -12,10 +12,10 @@ use std::path::{Component, Path, PathBuf};
 
 use futures::{StreamExt as _, TryStreamExt as _, stream};
 use tokio::io::AsyncWriteExt as _;
-use wrenn_client::{Download, FileEntry, FileKind, SandboxHandle};
+use wrenn_client::{Download, FileEntry, FileKind};
 
 use super::place::{base_name, is_name, join, says_contents};
-use super::{AT_ONCE, Copied, There, look};
+use super::{AT_ONCE, Copied, Remote, There, look};
 use crate::cli::Context;
 use crate::cli::error::CliError;
 use crate::cli::progress::Progress;
@@ -34,12 +34,8 @@ struct Fetch {
     mode: Option<u32>,
 }
 
-pub(super) async fn to_stdout(
-    context: &Context,
-    sandbox: &SandboxHandle,
-    path: &str,
-) -> Result<Copied, CliError> {
-    let download = sandbox.files().read_stream(path).await?;
+pub(super) async fn to_stdout(context: &Context, remote: &Remote, path: &str) -> Result<Copied, CliError> {
+    let download = remote.files().read_stream(path).await?;
     let progress = context.transfer(download.size(), path);
     let mut stdout = tokio::io::stdout();
     let mut chunks = std::pin::pin!(download.into_stream());
@@ -56,7 +52,7 @@ pub(super) async fn to_stdout(
 
 pub(super) async fn to_path(
     context: &Context,
-    sandbox: &SandboxHandle,
+    remote: &Remote,
     path: &str,
     target: &Path,
 ) -> Result<Copied, CliError> {
@@ -68,13 +64,13 @@ pub(super) async fn to_path(
         ))),
         _ => Ok(otherwise),
     };
-    if look(sandbox, path).await? == There::Directory {
+    if look(remote, path).await? == There::Directory {
         let root = if says_contents(path) {
             target.to_owned()
         } else {
             place(target.to_owned())?
         };
-        return fetch_tree(context, sandbox, path, root).await;
+        return fetch_tree(context, remote, path, root).await;
     }
     if !into && target.as_os_str().to_string_lossy().ends_with('/') {
         return Err(CliError::Usage(format!(
@@ -83,7 +79,7 @@ pub(super) async fn to_path(
         )));
     }
     let to = place(target.to_owned())?;
-    let download = sandbox.files().read_stream(path).await?;
+    let download = remote.files().read_stream(path).await?;
     let progress = context.transfer(download.size(), path);
     let bytes = save(download, &to, None, &progress).await?;
     Ok(Copied { files: 1, bytes })
@@ -91,7 +87,7 @@ pub(super) async fn to_path(
 
 async fn fetch_tree(
     context: &Context,
-    sandbox: &SandboxHandle,
+    remote: &Remote,
     path: &str,
     root: PathBuf,
 ) -> Result<Copied, CliError> {
@@ -101,7 +97,7 @@ async fn fetch_tree(
     let mut pending = vec![(path.to_owned(), root.clone(), 0)];
     while let Some((from, to, depth)) = pending.pop() {
         make_directory(&to, depth == 0)?;
-        for entry in sandbox.files().list(&from, 1).await? {
+        for entry in remote.files().list(&from, 1).await? {
             if !is_name(&entry.name) {
                 listing.note(&format!(
                     "warning: not copied: {from}: an entry without a usable name"
@@ -134,7 +130,7 @@ async fn fetch_tree(
     );
     let bytes = stream::iter(&files)
         .map(async |file| {
-            let download = sandbox.files().read_stream(&file.from).await?;
+            let download = remote.files().read_stream(&file.from).await?;
             save(download, &file.to, file.mode, &progress).await
         })
         .buffer_unordered(AT_ONCE)

@@ -8,7 +8,7 @@
 use std::process::ExitCode;
 
 use clap::Args;
-use wrenn_client::{Error, SandboxHandle};
+use wrenn_client::{Error, Files, SandboxHandle};
 
 use super::error::CliError;
 use super::signals::Signals;
@@ -35,9 +35,27 @@ pub(crate) struct CpArgs {
     source: Place,
     /// Where to: PATH, SANDBOX:PATH, or - for standard output
     destination: Place,
+    /// User in the sandbox whose home relative paths start from, and who owns what is copied in
+    #[arg(short, long)]
+    user: Option<String>,
     /// Directories are always copied whole; accepted out of habit
     #[arg(short, long, hide = true)]
     recursive: bool,
+}
+
+/// The side that is in a sandbox, as the user of the copy sees it.
+struct Remote {
+    sandbox: SandboxHandle,
+    user: Option<String>,
+}
+
+impl Remote {
+    fn files(&self) -> Files {
+        match &self.user {
+            Some(user) => self.sandbox.files().as_user(user),
+            None => self.sandbox.files(),
+        }
+    }
 }
 
 /// What was copied.
@@ -50,19 +68,26 @@ struct Copied {
 pub(super) async fn main(context: &Context, args: CpArgs) -> Result<ExitCode, CliError> {
     let mut signals = Signals::listen()?;
     let to_stdout = matches!(args.destination, Place::Standard);
+    let user = args.user;
+    let remote = async |sandbox: &str| {
+        Ok::<Remote, CliError>(Remote {
+            sandbox: context.sandbox(sandbox).await?,
+            user: user.clone(),
+        })
+    };
     let copy = async {
         match (args.source, args.destination) {
             (Place::Remote { sandbox, path }, Place::Local(target)) => {
-                download::to_path(context, &context.sandbox(&sandbox).await?, &path, &target).await
+                download::to_path(context, &remote(&sandbox).await?, &path, &target).await
             }
             (Place::Remote { sandbox, path }, Place::Standard) => {
-                download::to_stdout(context, &context.sandbox(&sandbox).await?, &path).await
+                download::to_stdout(context, &remote(&sandbox).await?, &path).await
             }
             (Place::Local(source), Place::Remote { sandbox, path }) => {
-                upload::from_path(context, &context.sandbox(&sandbox).await?, &source, &path).await
+                upload::from_path(context, &remote(&sandbox).await?, &source, &path).await
             }
             (Place::Standard, Place::Remote { sandbox, path }) => {
-                upload::from_stdin(context, &context.sandbox(&sandbox).await?, &path).await
+                upload::from_stdin(context, &remote(&sandbox).await?, &path).await
             }
             (Place::Remote { .. }, Place::Remote { .. }) => Err(CliError::Usage(
                 "both are in sandboxes: copy out of the one first, then into the other".to_owned(),
@@ -92,8 +117,8 @@ enum There {
 }
 
 /// Finds out by listing: the API has no question of its own for it.
-async fn look(sandbox: &SandboxHandle, path: &str) -> Result<There, CliError> {
-    match sandbox.files().list(path, 1).await {
+async fn look(remote: &Remote, path: &str) -> Result<There, CliError> {
+    match remote.files().list(path, 1).await {
         Ok(_) => Ok(There::Directory),
         Err(Error::NotFound(_)) => Ok(There::Nothing),
         Err(Error::InvalidRequest(_) | Error::Conflict(_)) => Ok(There::Other),

@@ -7,10 +7,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use futures::{TryStreamExt as _, stream};
 use tokio::io::AsyncReadExt as _;
-use wrenn_client::{Error, Exec, SandboxHandle};
+use wrenn_client::{Error, Exec};
 
 use super::place::{base_name, join, says_contents, says_directory};
-use super::{AT_ONCE, Copied, There, look};
+use super::{AT_ONCE, Copied, Remote, There, look};
 use crate::cli::Context;
 use crate::cli::error::CliError;
 use crate::cli::progress::Progress;
@@ -39,7 +39,7 @@ struct Upload {
 
 pub(super) async fn from_path(
     context: &Context,
-    sandbox: &SandboxHandle,
+    remote: &Remote,
     source: &Path,
     target: &str,
 ) -> Result<Copied, CliError> {
@@ -49,7 +49,7 @@ pub(super) async fn from_path(
     let there = if says_directory(target) && !metadata.is_dir() {
         There::Directory
     } else {
-        look(sandbox, target).await?
+        look(remote, target).await?
     };
     let name = match base_name(&text) {
         Some(name) => Some(name.to_owned()),
@@ -85,14 +85,10 @@ pub(super) async fn from_path(
         };
         tree.add(source.to_owned(), to, &metadata);
     }
-    send(context, sandbox, tree).await
+    send(context, remote, tree).await
 }
 
-pub(super) async fn from_stdin(
-    context: &Context,
-    sandbox: &SandboxHandle,
-    target: &str,
-) -> Result<Copied, CliError> {
+pub(super) async fn from_stdin(context: &Context, remote: &Remote, target: &str) -> Result<Copied, CliError> {
     if says_directory(target) {
         return Err(CliError::Usage(format!(
             "{target} is a directory; name the file that the input becomes"
@@ -100,7 +96,7 @@ pub(super) async fn from_stdin(
     }
     let progress = context.transfer(None, target);
     let (source, counted) = counted(tokio::io::stdin(), &progress);
-    sandbox.files().upload_from(target, source, None).await?;
+    remote.files().upload_from(target, source, None).await?;
     Ok(Copied {
         files: 1,
         bytes: counted.load(Ordering::Relaxed),
@@ -162,7 +158,7 @@ fn walk(directory: &Path, to: String, tree: &mut Tree, depth: usize) -> Result<(
     Ok(())
 }
 
-async fn send(context: &Context, sandbox: &SandboxHandle, tree: Tree) -> Result<Copied, CliError> {
+async fn send(context: &Context, remote: &Remote, tree: Tree) -> Result<Copied, CliError> {
     for skipped in &tree.skipped {
         eprintln!("warning: not copied: {skipped}");
     }
@@ -173,13 +169,13 @@ async fn send(context: &Context, sandbox: &SandboxHandle, tree: Tree) -> Result<
     };
     let progress = context.transfer(Some(total), label);
     for directory in &tree.directories {
-        match sandbox.files().mkdir(directory).await {
+        match remote.files().mkdir(directory).await {
             Ok(_) | Err(Error::Conflict(_)) => {}
             Err(error) => return Err(error.into()),
         }
     }
     stream::iter(tree.files.iter().map(Ok::<_, CliError>))
-        .try_for_each_concurrent(AT_ONCE, |file| send_file(sandbox, file, &progress))
+        .try_for_each_concurrent(AT_ONCE, |file| send_file(remote, file, &progress))
         .await?;
     let executables: Vec<&str> = tree
         .files
@@ -187,34 +183,36 @@ async fn send(context: &Context, sandbox: &SandboxHandle, tree: Tree) -> Result<
         .filter(|file| file.executable)
         .map(|file| file.to.as_str())
         .collect();
-    make_executable(sandbox, &executables, &progress).await;
+    make_executable(remote, &executables, &progress).await;
     Ok(Copied {
         files: tree.files.len() as u64,
         bytes: total,
     })
 }
 
-async fn send_file(sandbox: &SandboxHandle, file: &Upload, progress: &Progress) -> Result<(), CliError> {
+async fn send_file(remote: &Remote, file: &Upload, progress: &Progress) -> Result<(), CliError> {
     let source = tokio::fs::File::open(&file.from)
         .await
         .map_err(|error| CliError::local(format!("cannot read {}", file.from.display()), error))?;
     // A file that grows meanwhile is cut where it ended; one that shrinks fails the transfer.
     let (source, _) = counted(source.take(file.size), progress);
-    Ok(sandbox
+    Ok(remote
         .files()
         .upload_from(&file.to, source, Some(file.size))
         .await?)
 }
 
 /// The API writes files without execute permission.
-async fn make_executable(sandbox: &SandboxHandle, paths: &[&str], progress: &Progress) {
+async fn make_executable(remote: &Remote, paths: &[&str], progress: &Progress) {
     for batch in paths.chunks(CHMOD_BATCH) {
         let mut args = vec!["a+x".to_owned(), "--".to_owned()];
         args.extend(batch.iter().map(|path| (*path).to_owned()));
-        let outcome = sandbox
+        let outcome = remote
+            .sandbox
             .exec(&Exec {
                 cmd: "chmod".to_owned(),
                 args,
+                user: remote.user.clone(),
                 ..Exec::default()
             })
             .await;
