@@ -14,7 +14,8 @@ use crate::auth::secrets::MasterSecret;
 pub struct ControlConfig {
     /// `postgres://…`; when absent, SQLite in the data directory.
     pub database_url: Option<String>,
-    /// `redis://…`, for several control planes on one database; when absent, events stay in this process.
+    /// `redis://…` or `rediss://…` (TLS), for several control planes on one database; when absent, events stay in this
+    /// process.
     pub redis_url: Option<String>,
     /// Signs sessions and seals stored secrets; the same for all control planes of an installation. When absent, one
     /// is made and kept in the data directory.

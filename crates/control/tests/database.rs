@@ -111,13 +111,23 @@ async fn what_makes_a_start_impossible_is_said() {
     assert_eq!(error.code, ErrorCode::DatabaseUnavailable, "{error:?}");
     assert!(!format!("{error:?} {config:?}").contains("hunter2"), "{error:?}");
     config.database_url = None;
-    config.redis_url = Some("http://:hunter2@localhost".to_owned());
-    let error = ControlPlane::builder(config)
-        .build()
-        .await
-        .expect_err("no URL of Redis");
-    assert!(error.message.contains("REDIS_URL"), "{error}");
-    assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+    let refused = [
+        ("http://:hunter2@localhost", "rediss://"),
+        // An unchecked certificate would be refused at each connection, in the log only.
+        ("rediss://:hunter2@localhost/#insecure", "SSL_CERT_FILE"),
+    ];
+    for (url, remedy) in refused {
+        config.redis_url = Some(url.to_owned());
+        let error = ControlPlane::builder(config.clone())
+            .build()
+            .await
+            .expect_err("no usable URL of Redis");
+        assert!(
+            error.message.contains("REDIS_URL") && error.message.contains(remedy),
+            "{error}"
+        );
+        assert!(!format!("{error:?}").contains("hunter2"), "{error:?}");
+    }
 }
 
 #[tokio::test]

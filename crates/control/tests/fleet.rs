@@ -316,3 +316,41 @@ async fn what_a_dead_consumer_had_is_claimed_and_what_redis_forgot_is_told_again
     eventually("what Redis forgot comes again", async || open() == "0").await;
     consumer.kill();
 }
+
+/// The Redis that the second half of the next test is to use.
+const TLS_REDIS: &str = "WRENN_TEST_TLS_REDIS";
+
+/// Whom a program trusts is said in its environment, which a test may not change under the feet of others; so the test
+/// runs itself again, as a program that trusts this Redis.
+#[tokio::test]
+async fn redis_can_be_reached_through_tls() {
+    let Ok(url) = std::env::var(TLS_REDIS) else {
+        let redis = Redis::start_tls();
+        let output = tokio::process::Command::new(std::env::current_exe().expect("this program"))
+            .args(["--exact", "redis_can_be_reached_through_tls", "--nocapture"])
+            .env(TLS_REDIS, redis.tls_url())
+            .env("SSL_CERT_FILE", redis.certificate())
+            .env_remove("SSL_CERT_DIR")
+            .kill_on_drop(true)
+            .output()
+            .await
+            .expect("it runs");
+        assert!(
+            output.status.success(),
+            "{}{}",
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        );
+        // Where all events were taken in, and no other way leads into this Redis.
+        assert_ne!(
+            redis.command(&["KEYS", "wrenn:*:events"]),
+            "",
+            "nothing was ever told"
+        );
+        return;
+    };
+    let world = World::on(Postgres::start(), Some(url)).await;
+    world.sandbox().await;
+    // With Redis, the relay consumes nothing by itself: whatever is taken in came out of the stream.
+    eventually("all events are taken in", async || untold(&world) == "0").await;
+}

@@ -1,7 +1,7 @@
 //! PostgreSQL and Redis for one test each, from the system's packages.
 //!
 //! Each server listens on a Unix socket in a directory of its own, so that there is no port to collide on and nothing
-//! that others could reach. A server ends with its value, and with the test's thread when that dies first. PostgreSQL
+//! that others could reach (Redis with TLS excepted, which there is on TCP only). A server ends with its value, and with the test's thread when that dies first. PostgreSQL
 //! is not set up anew each time: `initdb` runs once per machine, and its result is copied, which takes a tenth of it.
 
 use std::fs::{self, File};
@@ -216,6 +216,8 @@ impl Postgres {
 pub struct Redis {
     server: Server,
     dir: TempDir,
+    /// Where it takes TLS, which it does on TCP only.
+    tls: Option<u16>,
 }
 
 impl Redis {
@@ -225,7 +227,43 @@ impl Redis {
     /// Redis is not installed (`scripts/setup.sh --for test` does it), or does not start.
     #[must_use]
     pub fn start() -> Self {
+        Self::start_in(private_dir("wrenn-redis-"), None)
+    }
+
+    /// Starts one that takes TLS too, with a certificate of its own for `localhost` that nothing on this machine
+    /// trusts.
+    ///
+    /// # Panics
+    /// As [`Self::start`], or `openssl` is not installed.
+    #[must_use]
+    pub fn start_tls() -> Self {
         let dir = private_dir("wrenn-redis-");
+        run(Command::new("openssl")
+            .args([
+                "req",
+                "-x509",
+                "-newkey",
+                "ec",
+                "-pkeyopt",
+                "ec_paramgen_curve:P-256",
+            ])
+            .args(["-nodes", "-days", "2", "-subj", "/CN=localhost"])
+            .args(["-addext", "subjectAltName=DNS:localhost"])
+            // Else it is an authority's certificate, which no server may show as its own.
+            .args(["-addext", "basicConstraints=critical,CA:FALSE"])
+            .arg("-keyout")
+            .arg(dir.path().join("key.pem"))
+            .arg("-out")
+            .arg(dir.path().join("cert.pem")));
+        give_to_nobody(&dir.path().join("key.pem"));
+        // Free a moment ago; that another program takes it in between is what a fixed one would risk every time.
+        let free = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a free port");
+        let port = free.local_addr().expect("bound").port();
+        drop(free);
+        Self::start_in(dir, Some(port))
+    }
+
+    fn start_in(dir: TempDir, tls: Option<u16>) -> Self {
         give_to_nobody(dir.path());
         let mut start = unprivileged("TERM");
         start
@@ -244,6 +282,15 @@ impl Redis {
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::null());
+        if let Some(port) = tls {
+            start
+                .args(["--bind", "127.0.0.1", "--tls-auth-clients", "no", "--tls-port"])
+                .arg(port.to_string())
+                .arg("--tls-cert-file")
+                .arg(dir.path().join("cert.pem"))
+                .arg("--tls-key-file")
+                .arg(dir.path().join("key.pem"));
+        }
         let mut started = Self {
             server: Server {
                 start,
@@ -251,6 +298,7 @@ impl Redis {
                 child: None,
             },
             dir,
+            tls,
         };
         started.resume();
         started
@@ -260,6 +308,21 @@ impl Redis {
     #[must_use]
     pub fn url(&self) -> String {
         format!("redis+unix://{}", self.socket().display())
+    }
+
+    /// `rediss:…`.
+    ///
+    /// # Panics
+    /// It was started without TLS.
+    #[must_use]
+    pub fn tls_url(&self) -> String {
+        format!("rediss://localhost:{}", self.tls.expect("started with TLS"))
+    }
+
+    /// The certificate that it shows, for those who are to trust it.
+    #[must_use]
+    pub fn certificate(&self) -> PathBuf {
+        self.dir.path().join("cert.pem")
     }
 
     /// Ends it; what it held is gone.

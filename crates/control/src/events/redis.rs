@@ -60,16 +60,27 @@ pub(crate) struct Entry {
 impl Link {
     /// Does not connect yet: a Redis that is away at the start is like one that goes away later.
     pub(crate) fn new(url: &str, secret: &MasterSecret, instance: Uuid) -> Result<Self> {
+        // Two of the libraries bring a provider of cryptography each, so that rustls has no default of its own and
+        // would panic at the first `rediss://`. This is the one that `reqwest` takes by itself. Whoever embeds the
+        // control plane may have chosen already; then that choice stays, and this fails.
+        let _ = rustls::crypto::aws_lc_rs::default_provider().install_default();
         // The URL is not repeated: it may hold a password.
         let client = Client::open(url).map_err(|error| {
             Error::new(
                 ErrorCode::InvalidRequest,
                 format!(
-                    "REDIS_URL is not usable ({}); it looks like redis://host:6379",
+                    "REDIS_URL is not usable ({}); it looks like redis://host:6379, or rediss://host:6379 with TLS",
                     error.category()
                 ),
             )
         })?;
+        if insecure(&client) {
+            return Err(Error::new(
+                ErrorCode::InvalidRequest,
+                "REDIS_URL asks not to check the server's certificate (#insecure), which is not supported; remove \
+                 that, and add the authority that signed the certificate to this machine (or name it in SSL_CERT_FILE)",
+            ));
+        }
         let config = ConnectionManagerConfig::new()
             .set_number_of_retries(0)
             .set_connection_timeout(Some(PATIENCE))
@@ -224,6 +235,14 @@ impl Link {
                 .await;
         }
     }
+}
+
+/// Whether the URL asks for TLS with anybody. Without this check every connection would fail, in the log only.
+fn insecure(client: &Client) -> bool {
+    matches!(
+        client.get_connection_info().addr(),
+        redis::ConnectionAddr::TcpTls { insecure: true, .. }
+    )
 }
 
 fn entry(entry: StreamId) -> Entry {

@@ -31,6 +31,8 @@ use crate::{Error, Result};
 const PAGE: u64 = 200;
 /// How often an event is told before it is given up.
 const MAX_ATTEMPTS: i32 = 20;
+/// A connection to Redis that lasted this long was one: its end begins a new outage.
+const OUTAGE: Duration = Duration::from_secs(10);
 /// How often readers look by themselves, whatever wakes them between.
 pub(crate) const POLL: Duration = Duration::from_secs(1);
 
@@ -108,12 +110,22 @@ impl Services {
         }
         let (services, link) = (self.clone(), link.clone());
         self.tasks.spawn(TaskKind::Monitor, async move {
+            // Of an outage, the beginning is told: a refused certificate or password would be found nowhere otherwise.
+            let mut told = false;
             loop {
+                let since = tokio::time::Instant::now();
                 if let Err(error) = services.consume_stream(&link).await {
-                    tracing::debug!(
-                        error = &error as &dyn std::error::Error,
-                        "the stream of events is away for now"
-                    );
+                    told &= since.elapsed() < OUTAGE;
+                    let error = &error as &dyn std::error::Error;
+                    if told {
+                        tracing::debug!(error, "the stream of events is away for now");
+                    } else {
+                        tracing::warn!(
+                            error,
+                            "Redis cannot be used for now; events go on through the database"
+                        );
+                        told = true;
+                    }
                 }
                 tokio::time::sleep(POLL).await;
             }

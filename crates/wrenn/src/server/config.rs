@@ -138,7 +138,8 @@ pub(crate) struct ControlArgs {
         help_heading = "Server"
     )]
     pub(crate) database_connections: u32,
-    /// `redis://…`, through which several control planes on one PostgreSQL hear of each other's changes at once
+    /// `redis://…` or `rediss://…` (TLS), through which several control planes on one PostgreSQL hear of each other's
+    /// changes at once
     #[arg(
         long,
         env = "REDIS_URL",
