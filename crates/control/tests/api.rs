@@ -510,6 +510,36 @@ async fn files_are_those_of_the_user_that_was_named() {
 }
 
 #[tokio::test]
+async fn what_a_guest_has_used_up_is_not_the_platforms_room() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    let full = || ConnectError::resource_exhausted("no space left in the sandbox");
+    let files = format!("/v1/sandboxes/{sandbox}/files");
+    world.host.fail(Call::Write, full());
+    let form = reqwest::multipart::Form::new()
+        .text("path", "/tmp/x")
+        .part("file", reqwest::multipart::Part::bytes(b"hi".to_vec()));
+    let write = world.request("POST", &format!("{files}/write")).multipart(form);
+    world.host.fail(Call::Exec, full());
+    let exec = world
+        .request("POST", &format!("/v1/sandboxes/{sandbox}/exec"))
+        .json(&json!({"cmd": "echo"}));
+    world.host.fail(Call::Other, full());
+    let mkdir = world
+        .request("POST", &format!("{files}/mkdir"))
+        .json(&json!({"path": "/tmp/d"}));
+    for request in [write, exec, mkdir] {
+        let response = request.send().await.expect("an answer");
+        let (status, later) = (response.status(), response.headers().contains_key("retry-after"));
+        let body: Value = response.json().await.expect("a body");
+        assert_eq!(
+            (status.as_u16(), later, code(&body), message(&body)),
+            (502, false, "agent_error", "no space left in the sandbox")
+        );
+    }
+}
+
+#[tokio::test]
 async fn half_an_upload_is_not_a_file() {
     let world = World::new().await;
     let sandbox = world.sandbox().await;

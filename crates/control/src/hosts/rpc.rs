@@ -78,6 +78,17 @@ pub(crate) fn error(failure: ConnectError) -> Error {
     error
 }
 
+/// The same for what was asked of a guest: what is exhausted there (its disk, its processes) is not the
+/// platform's room, which a later attempt may find.
+pub(crate) fn guest_error(failure: ConnectError) -> Error {
+    let exhausted = failure.code == Rpc::ResourceExhausted;
+    let mut error = error(failure);
+    if exhausted {
+        error.code = ErrorCode::AgentError;
+    }
+    error
+}
+
 /// The same as a record of a failed operation.
 pub(crate) fn failure(failed: ConnectError, generation: u64) -> Failure {
     let error = error(failed);

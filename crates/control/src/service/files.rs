@@ -85,7 +85,7 @@ impl Services {
                 answer = &mut call => {
                     let refusal = match answer {
                         Ok(_) => Error::new(ErrorCode::AgentError, "the host ended the upload early"),
-                        Err(error) => rpc::error(error),
+                        Err(error) => rpc::guest_error(error),
                     };
                     drain(content).await;
                     return Err(refusal);
@@ -111,7 +111,7 @@ impl Services {
                     answer = &mut call => {
                         let refusal = match answer {
                             Ok(_) => Error::new(ErrorCode::AgentError, "the host ended the upload early"),
-                            Err(error) => rpc::error(error),
+                            Err(error) => rpc::guest_error(error),
                         };
                         drain(content).await;
                         return Err(refusal);
@@ -126,7 +126,7 @@ impl Services {
             }
         }
         drop(sender);
-        call.await.map_err(rpc::error)?;
+        call.await.map_err(rpc::guest_error)?;
         self.used(&sandbox).await
     }
 
@@ -141,7 +141,7 @@ impl Services {
             user,
             ..Default::default()
         };
-        let chunks = client.read_file_stream(request).await.map_err(rpc::error)?;
+        let chunks = client.read_file_stream(request).await.map_err(rpc::guest_error)?;
         let mut stream = FileStream { first: None, chunks };
         stream.first = stream.pull().await?;
         self.used(&sandbox).await?;
@@ -169,7 +169,7 @@ impl Services {
         let answer = client
             .list_dir_with_options(request, self.short())
             .await
-            .map_err(rpc::error)?;
+            .map_err(rpc::guest_error)?;
         Ok(answer.into_owned().entries)
     }
 
@@ -191,7 +191,7 @@ impl Services {
         let answer = client
             .make_dir_with_options(request, self.short())
             .await
-            .map_err(rpc::error)?
+            .map_err(rpc::guest_error)?
             .into_owned();
         answer
             .entry
@@ -212,7 +212,7 @@ impl Services {
         client
             .remove_path_with_options(request, self.short())
             .await
-            .map_err(rpc::error)
+            .map_err(rpc::guest_error)
             .map(drop)
     }
 }
@@ -221,7 +221,7 @@ impl FileStream {
     async fn pull(&mut self) -> Result<Option<Bytes>> {
         loop {
             let message: Option<StreamMessage<hostagent::ReadFileChunk>> =
-                self.chunks.message().await.map_err(rpc::error)?;
+                self.chunks.message().await.map_err(rpc::guest_error)?;
             let Some(message) = message else { return Ok(None) };
             let chunk = message.to_owned_message();
             if !chunk.data.is_empty() {

@@ -257,7 +257,7 @@ impl Services {
         let answer = client
             .exec_with_options(request, options)
             .await
-            .map_err(rpc::error)?
+            .map_err(rpc::guest_error)?
             .into_owned();
         self.used(&sandbox).await?;
         let outcome = if background {
@@ -307,7 +307,7 @@ impl Services {
             timeout_sec: 0,
             ..Default::default()
         };
-        let events = client.start_process(request).await.map_err(rpc::error)?;
+        let events = client.start_process(request).await.map_err(rpc::guest_error)?;
         self.used(&sandbox).await?;
         let timeout = self.config.timings.short_rpc;
         Ok((
@@ -334,7 +334,7 @@ impl Services {
             process: selector.wire().into(),
             ..Default::default()
         };
-        let events = client.connect_process(request).await.map_err(rpc::error)?;
+        let events = client.connect_process(request).await.map_err(rpc::guest_error)?;
         self.used(&sandbox).await?;
         let timeout = self.config.timings.short_rpc;
         Ok((
@@ -362,7 +362,7 @@ impl Services {
         let answer = client
             .list_processes_with_options(request, self.short())
             .await
-            .map_err(rpc::error)?;
+            .map_err(rpc::guest_error)?;
         Ok(answer.into_owned().processes)
     }
 
@@ -386,7 +386,7 @@ impl ProcessStream {
     pub async fn next(&mut self) -> Result<Option<ProcessEvent>> {
         loop {
             let message: Option<StreamMessage<hostagent::ProcessEvent>> =
-                self.events.message().await.map_err(rpc::error)?;
+                self.events.message().await.map_err(rpc::guest_error)?;
             let Some(message) = message else { return Ok(None) };
             // An event of a newer agent that this version does not know is skipped.
             let Some(event) = message.to_owned_message().event else {
@@ -425,7 +425,7 @@ impl ProcessHandle {
         self.client
             .signal_process_with_options(request, self.options())
             .await
-            .map_err(rpc::error)
+            .map_err(rpc::guest_error)
             .map(drop)
     }
 
@@ -446,7 +446,7 @@ impl ProcessHandle {
         self.client
             .send_input_with_options(request, self.options())
             .await
-            .map_err(rpc::error)
+            .map_err(rpc::guest_error)
             .map(drop)
     }
 
@@ -455,7 +455,7 @@ impl ProcessHandle {
         self.client
             .send_input(self.send_input(data, false, false))
             .await
-            .map_err(rpc::error)
+            .map_err(rpc::guest_error)
             .map(drop)
     }
 
@@ -465,7 +465,7 @@ impl ProcessHandle {
         self.client
             .send_input_with_options(request, self.options())
             .await
-            .map_err(rpc::error)
+            .map_err(rpc::guest_error)
             .map(drop)
     }
 
@@ -480,7 +480,7 @@ impl ProcessHandle {
         self.client
             .resize_pty_with_options(request, self.options())
             .await
-            .map_err(rpc::error)
+            .map_err(rpc::guest_error)
             .map(drop)
     }
 
@@ -493,7 +493,7 @@ impl ProcessHandle {
         self.client
             .ping_sandbox_with_options(request, self.options())
             .await
-            .map_err(rpc::error)
+            .map_err(rpc::guest_error)
             .map(drop)
     }
 }

@@ -142,11 +142,7 @@ async fn a_hostile_guest_harms_only_itself() {
     assert!(
         matches!(
             refused,
-            Err(Error::InvalidRequest(_)
-                | Error::Agent(_)
-                | Error::TooLarge(_)
-                | Error::NoCapacity(_)
-                | Error::Other(_))
+            Err(Error::InvalidRequest(_) | Error::Agent(_) | Error::TooLarge(_) | Error::Other(_))
         ),
         "{refused:?}"
     );
