@@ -40,6 +40,8 @@ pub struct ControlConfig {
     pub limits: Limits,
     /// How PostgreSQL is used.
     pub database: DatabaseLimits,
+    /// How full hosts may become.
+    pub placement: Placement,
     /// How patient the background work is.
     pub timings: Timings,
     /// Audit log, channels, usage, and repeated creates.
@@ -67,6 +69,7 @@ impl std::fmt::Debug for ControlConfig {
             .field("trusted_proxies", &self.trusted_proxies)
             .field("limits", &self.limits)
             .field("database", &self.database)
+            .field("placement", &self.placement)
             .field("timings", &self.timings)
             .field("around", &self.around)
             .finish()
@@ -90,6 +93,7 @@ impl ControlConfig {
             attempts: AttemptLimits::default(),
             limits: Limits::default(),
             database: DatabaseLimits::default(),
+            placement: Placement::default(),
             timings: Timings::default(),
             around: Around::default(),
         }
@@ -140,6 +144,25 @@ impl Default for DatabaseLimits {
         Self {
             connections: 20,
             statement: Duration::from_secs(15),
+        }
+    }
+}
+
+/// How full hosts may become before new sandboxes go elsewhere. A resume is not held up by these: a paused
+/// sandbox has nowhere else to go.
+#[derive(Debug, Clone)]
+pub struct Placement {
+    /// vCPUs that a host's sandboxes may have for each of its processors.
+    pub vcpu_overcommit: u32,
+    /// MiB of disk that stay free on a host, for the disks that its sandboxes have and have not filled yet.
+    pub disk_reserve_mb: u64,
+}
+
+impl Default for Placement {
+    fn default() -> Self {
+        Self {
+            vcpu_overcommit: 16,
+            disk_reserve_mb: 2048,
         }
     }
 }

@@ -259,6 +259,77 @@ async fn no_capacity_is_known_before_anything_starts() {
 }
 
 #[tokio::test]
+async fn vcpus_and_disk_count_when_a_host_is_chosen() {
+    let world = World::new().await;
+    let world = world
+        .restart_with(|config| {
+            config.placement.vcpu_overcommit = 2;
+            config.placement.disk_reserve_mb = 3000;
+        })
+        .await;
+    // Three vCPUs are not there, since two processors make four, of which two are taken.
+    world.host.tell(|beat| beat.cpu_cores = Some(2)).await;
+    let create = async |body: serde_json::Value| world.post("/v1/sandboxes?wait=20", body).await;
+    let refused = async |body: serde_json::Value, words: &[&str]| {
+        let (status, answer) = create(body).await;
+        assert_eq!((status, code(&answer)), (503, "no_capacity"), "{answer}");
+        for word in words {
+            assert!(message(&answer).contains(word), "{word}: {answer}");
+        }
+    };
+    let (status, first) = create(json!({"vcpus": 2})).await;
+    assert_eq!((status, &first["status"]), (201, &json!("running")), "{first}");
+    refused(
+        json!({"vcpus": 3}),
+        &["3 vCPUs (the most on one host is 2)", "destroy or pause"],
+    )
+    .await;
+    refused(
+        json!({"vcpus": 5}),
+        &["5 vCPUs (the most on one host is 4)", "large enough"],
+    )
+    .await;
+    // A paused one holds none.
+    let first = first["id"].as_str().expect("an id");
+    let (status, body) = world
+        .post(&format!("/v1/sandboxes/{first}/pause?wait=20"), json!({}))
+        .await;
+    assert_eq!(status, 200, "{body}");
+    let (status, body) = create(json!({"vcpus": 3})).await;
+    assert_eq!((status, &body["status"]), (201, &json!("running")), "{body}");
+
+    // Beyond the reserve there has to be room for the memory that a pause saves.
+    world.host.tell(|beat| beat.disk_available_mb = 3000).await;
+    refused(json!({}), &["512 MiB of disk", "reserve of 3000 MiB", "is 0)"]).await;
+    world.host.tell(|beat| beat.disk_available_mb = 3511).await;
+    refused(json!({}), &["is 511)"]).await;
+    world.host.tell(|beat| beat.disk_available_mb = 3512).await;
+    let (status, body) = create(json!({})).await;
+    assert_eq!((status, &body["status"]), (201, &json!("running")), "{body}");
+
+    // Nothing is left behind of what was refused, and another host takes what this one cannot.
+    let (_, all) = world.get("/v1/sandboxes?all=true").await;
+    assert_eq!(all.as_array().map(Vec::len), Some(3));
+    let token = world
+        .running
+        .control
+        .issue_host_token(None)
+        .await
+        .expect("a token");
+    let mut larger = wrenn_testkit::simhost::SimHost::start(&world.running.url).await;
+    larger.register(&token.token).await;
+    larger.heartbeat().await;
+    for _ in 0..2 {
+        let (status, body) = create(json!({"vcpus": 5})).await;
+        assert_eq!(
+            (status, body["host_id"].as_str()),
+            (201, Some(larger.tokens().host_id.as_str())),
+            "{body}"
+        );
+    }
+}
+
+#[tokio::test]
 async fn a_full_host_passes_a_start_on() {
     // With no patience at all a second driver could ask those again that have just refused.
     let world = World::new()

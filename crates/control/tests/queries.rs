@@ -427,7 +427,7 @@ async fn no_hot_query_reads_a_large_table_from_end_to_end() {
         })
         .await;
     note("the next page, and one of it", scans);
-    // hosts_with_template, memory_on_its_way, the insert, and the operation's own changes.
+    // hosts_with_template, held_on, the insert, and the operation's own changes.
     let scans = setup
         .scans(async |setup| {
             let made = setup

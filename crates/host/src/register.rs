@@ -203,6 +203,8 @@ impl Reporter {
         let body = rest::Heartbeat {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             address: Some(self.address.clone()),
+            cpu_cores: Some(cpu_cores()),
+            memory_mb: Some(shared.capacity.memory_mb),
             memory_available_mb: crate::manager::available_memory_mb(),
             disk_available_mb: crate::manager::available_disk_mb(&shared.layout),
             templates: vec![rest::HostTemplate {
@@ -347,6 +349,10 @@ impl Reporter {
     }
 }
 
+fn cpu_cores() -> u32 {
+    std::thread::available_parallelism().map_or(1, |cores| u32::try_from(cores.get()).unwrap_or(u32::MAX))
+}
+
 async fn register(
     http: &reqwest::Client,
     manager: &Manager,
@@ -358,7 +364,7 @@ async fn register(
     let body = rest::RegisterHost {
         token: token.to_owned(),
         arch: std::env::consts::ARCH.to_owned(),
-        cpu_cores: std::thread::available_parallelism().map_or(1, |cores| cores.get() as u32),
+        cpu_cores: cpu_cores(),
         memory_mb: shared.capacity.memory_mb,
         disk_gb: crate::manager::available_disk_mb(&shared.layout) / 1024,
         address: address.to_owned(),

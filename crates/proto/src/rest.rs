@@ -465,6 +465,12 @@ body! {
         /// The agent's address now: it may have changed since the host registered.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub address: Option<String>,
+        /// Processors now; as registered when absent.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub cpu_cores: Option<u32>,
+        /// Memory in MiB that sandboxes may be promised together now; as registered when absent.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        pub memory_mb: Option<u64>,
         /// Free memory in MiB that new sandboxes may use.
         pub memory_available_mb: u64,
         /// Free disk in MiB that new sandboxes may use.

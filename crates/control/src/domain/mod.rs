@@ -241,9 +241,15 @@ pub struct Host {
     pub address: String,
     /// What the control plane presents to the agent.
     pub(crate) rpc_token: String,
-    /// Free MiB at the last heartbeat.
+    /// Its processors.
+    pub cpu_cores: u32,
+    /// MiB of memory that its sandboxes may be promised together.
+    pub memory_mb: u64,
+    /// GiB of disk that were free when it registered.
+    pub disk_gb: u64,
+    /// Free MiB of memory at the last heartbeat.
     pub memory_available_mb: u64,
-    /// Free MiB at the last heartbeat.
+    /// Free MiB of disk at the last heartbeat.
     pub disk_available_mb: u64,
     /// When the last heartbeat came.
     pub last_heartbeat_at: Option<Millis>,

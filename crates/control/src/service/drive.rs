@@ -148,11 +148,11 @@ impl Services {
             matches!(error.code, Rpc::ResourceExhausted | Rpc::Unavailable) && refused.len() < MAX_PLACEMENTS;
         if another && let Some(host) = sandbox.host {
             refused.push(host);
-            let needs = Needs {
-                template: sandbox.template,
-                memory_mb: sandbox.memory_mb,
-            };
-            if let Ok(host) = self.scheduler.place(&self.store, needs, refused).await {
+            let placed = self
+                .scheduler
+                .place(&self.store, &self.config.placement, Needs::from(sandbox), refused)
+                .await;
+            if let Ok(host) = placed {
                 // A new decision: what the first host may still have under the old one is an orphan there.
                 let change = Change::decide(SandboxStatus::Starting).host(host.id);
                 let _: Outcome = self.settle(sandbox, change).await?;

@@ -12,7 +12,7 @@ use crate::domain::lifecycle::{HostState, Source, Verdict, apply_report};
 use crate::domain::{Failure, Host, HostId, Millis, SandboxId, TemplateId, now};
 use crate::events::Event;
 use crate::hosts::rpc;
-use crate::store::{Change, HostRegistration, Outcome};
+use crate::store::{Change, HostFacts, HostRegistration, Outcome};
 use crate::{Error, ErrorCode, Result};
 
 /// Life of an agent's bearer token: 7 days.
@@ -132,6 +132,8 @@ impl Services {
         let Heartbeat {
             version,
             address,
+            cpu_cores,
+            memory_mb,
             memory_available_mb,
             disk_available_mb,
             templates,
@@ -157,10 +159,14 @@ impl Services {
                 .await?;
         }
         let version: String = version.chars().filter(|char| *char != '\0').take(100).collect();
-        let back = self
-            .store
-            .host_heartbeat(host.id, &version, memory_available_mb, disk_available_mb)
-            .await?;
+        let facts = HostFacts {
+            version: &version,
+            cpu_cores,
+            memory_mb,
+            memory_available_mb,
+            disk_available_mb,
+        };
+        let back = self.store.host_heartbeat(host.id, facts).await?;
         if let Some(address) = address {
             let address = agent_address(&address)?;
             if address != host.address {

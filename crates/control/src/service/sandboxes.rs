@@ -65,9 +65,13 @@ impl Services {
         let sizes = validate::sizes(&template, vcpus, memory_mb, disk_size_mb, &self.config.limits)?;
         let needs = Needs {
             template: template.id,
+            vcpus: sizes.vcpus,
             memory_mb: sizes.memory_mb,
         };
-        let host = self.scheduler.place(&self.store, needs, &[]).await?;
+        let host = self
+            .scheduler
+            .place(&self.store, &self.config.placement, needs, &[])
+            .await?;
         let now = now();
         let sandbox = Sandbox {
             id: SandboxId::new(),

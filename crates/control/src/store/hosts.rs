@@ -26,6 +26,17 @@ pub(crate) struct HostRegistration<'a> {
     pub(crate) refresh_expires_at: Millis,
 }
 
+/// What an agent tells regularly.
+pub(crate) struct HostFacts<'a> {
+    pub(crate) version: &'a str,
+    /// As registered when absent.
+    pub(crate) cpu_cores: Option<u32>,
+    /// As registered when absent.
+    pub(crate) memory_mb: Option<u64>,
+    pub(crate) memory_available_mb: u64,
+    pub(crate) disk_available_mb: u64,
+}
+
 impl Store {
     /// Creates a host that waits for its registration, with the one-time token's hash.
     pub(crate) async fn host_create(
@@ -225,15 +236,23 @@ impl Store {
     }
 
     /// Notes a heartbeat. Returns whether the host was not online before.
-    pub(crate) async fn host_heartbeat(
-        &self,
-        id: HostId,
-        version: &str,
-        memory_available_mb: u64,
-        disk_available_mb: u64,
-    ) -> Result<bool, DbErr> {
+    pub(crate) async fn host_heartbeat(&self, id: HostId, facts: HostFacts<'_>) -> Result<bool, DbErr> {
+        let HostFacts {
+            version,
+            cpu_cores,
+            memory_mb,
+            memory_available_mb,
+            disk_available_mb,
+        } = facts;
         let now = now();
-        host::Entity::update_many()
+        let mut update = host::Entity::update_many();
+        if let Some(cores) = cpu_cores {
+            update = update.col_expr(host::Column::CpuCores, int(cores).into());
+        }
+        if let Some(memory_mb) = memory_mb {
+            update = update.col_expr(host::Column::MemoryMb, big(memory_mb).into());
+        }
+        update
             .col_expr(host::Column::LastHeartbeatAt, now.into())
             .col_expr(host::Column::MemoryAvailableMb, big(memory_available_mb).into())
             .col_expr(host::Column::DiskAvailableMb, big(disk_available_mb).into())
@@ -384,6 +403,9 @@ fn domain(row: host::Model) -> Result<Host, DbErr> {
         status,
         address: row.address,
         rpc_token: row.rpc_token,
+        cpu_cores: unsigned(row.cpu_cores),
+        memory_mb: unsigned(row.memory_mb),
+        disk_gb: unsigned(row.disk_gb),
         memory_available_mb: unsigned(row.memory_available_mb),
         disk_available_mb: unsigned(row.disk_available_mb),
         last_heartbeat_at: row.last_heartbeat_at,

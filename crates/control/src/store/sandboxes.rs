@@ -16,6 +16,15 @@ use super::{Outcome, Store, big, corrupt, int, unsigned};
 use crate::domain::event::NewEvent;
 use crate::domain::{Failure, HostId, Millis, Sandbox, SandboxId, SandboxStatus, TeamId, TemplateId, now};
 
+/// What sandboxes hold of a host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct OnHost {
+    /// vCPUs of those that have a VM, or are about to.
+    pub(crate) vcpus: u64,
+    /// MiB of memory promised to those that the host does not count yet.
+    pub(crate) arriving_mb: u64,
+}
+
 /// What the caller believes about a record; the update happens only if it is so.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Guard {
@@ -410,22 +419,43 @@ impl Store {
             .map(drop)
     }
 
-    /// MiB promised to sandboxes that their hosts do not count yet; hosts without any are left out.
-    pub(crate) async fn memory_on_its_way(&self, hosts: &[HostId]) -> Result<BTreeMap<HostId, u64>, DbErr> {
-        let sum = Expr::col(Column::MemoryMb).sum().cast_as("BIGINT");
-        let rows: Vec<(Uuid, i64)> = Entity::find()
+    /// What sandboxes hold of their hosts; hosts without any are left out.
+    pub(crate) async fn held_on(&self, hosts: &[HostId]) -> Result<BTreeMap<HostId, OnHost>, DbErr> {
+        const ARRIVING: [SandboxStatus; 2] = [SandboxStatus::Pending, SandboxStatus::Starting];
+        const HOLDING: [SandboxStatus; 6] = [
+            SandboxStatus::Pending,
+            SandboxStatus::Starting,
+            SandboxStatus::Running,
+            SandboxStatus::Pausing,
+            SandboxStatus::Snapshotting,
+            SandboxStatus::Resuming,
+        ];
+        let arriving: Expr = Expr::case(
+            Column::Status.is_in(words(&ARRIVING)),
+            Expr::col(Column::MemoryMb),
+        )
+        .finally(0)
+        .into();
+        let rows: Vec<(Uuid, i64, i64)> = Entity::find()
             .select_only()
             .column(Column::HostId)
-            .column_as(sum, "promised")
+            .column_as(Expr::col(Column::Vcpus).sum().cast_as("BIGINT"), "vcpus")
+            .column_as(arriving.sum().cast_as("BIGINT"), "arriving_mb")
             .filter(Column::HostId.is_in(hosts.iter().map(|host| host.0)))
-            .filter(Column::Status.is_in(words(&[SandboxStatus::Pending, SandboxStatus::Starting])))
+            .filter(Column::Status.is_in(words(&HOLDING)))
             .group_by(Column::HostId)
             .into_tuple()
             .all(&self.db)
             .await?;
         Ok(rows
             .into_iter()
-            .map(|(host, promised)| (HostId(host), unsigned(promised)))
+            .map(|(host, vcpus, arriving_mb)| {
+                let held = OnHost {
+                    vcpus: unsigned(vcpus),
+                    arriving_mb: unsigned(arriving_mb),
+                };
+                (HostId(host), held)
+            })
             .collect())
     }
 }

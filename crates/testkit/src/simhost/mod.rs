@@ -153,7 +153,7 @@ impl SimHost {
         let body = rest::RegisterHost {
             token: token.to_owned(),
             arch: "x86_64".to_owned(),
-            cpu_cores: 4,
+            cpu_cores: 64,
             memory_mb: 8192,
             disk_gb: 100,
             address: format!("http://{}", self.address),
@@ -190,28 +190,38 @@ impl SimHost {
     }
 
     /// Sends a heartbeat with this much free memory and the `minimal` template in this state.
+    pub async fn heartbeat_with(&self, memory_available_mb: u64, minimal: rest::TemplateStatus) {
+        let ready = minimal == rest::TemplateStatus::Ready;
+        let template = rest::HostTemplate {
+            id: TemplateId::MINIMAL.to_string(),
+            status: minimal,
+            detail: if ready {
+                String::new()
+            } else {
+                "installing packages".to_owned()
+            },
+            progress_pct: if ready { 100 } else { 42 },
+            size_bytes: 1 << 20,
+        };
+        self.tell(|beat| {
+            beat.memory_available_mb = memory_available_mb;
+            beat.templates = vec![template];
+        })
+        .await;
+    }
+
+    /// Sends a heartbeat that says nothing of templates and of plenty of room, as the test changes it.
     ///
     /// # Panics
     /// The control plane refuses.
-    pub async fn heartbeat_with(&self, memory_available_mb: u64, minimal: rest::TemplateStatus) {
-        let ready = minimal == rest::TemplateStatus::Ready;
-        let body = rest::Heartbeat {
-            address: None,
+    pub async fn tell(&self, change: impl FnOnce(&mut rest::Heartbeat)) {
+        let mut body = rest::Heartbeat {
             version: "sim".to_owned(),
-            memory_available_mb,
+            memory_available_mb: 8192,
             disk_available_mb: 100_000,
-            templates: vec![rest::HostTemplate {
-                id: TemplateId::MINIMAL.to_string(),
-                status: minimal,
-                detail: if ready {
-                    String::new()
-                } else {
-                    "installing packages".to_owned()
-                },
-                progress_pct: if ready { 100 } else { 42 },
-                size_bytes: 1 << 20,
-            }],
+            ..rest::Heartbeat::default()
         };
+        change(&mut body);
         let url = format!("{}/v1/hosts/{}/heartbeat", self.control, self.tokens().host_id);
         let response = self
             .http

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use anyhow::Context as _;
 use clap::{Args, ValueEnum};
+use wrenn_control::config::Placement;
 use wrenn_control::{ControlConfig, MasterSecret, Secret};
 use wrenn_host::net::EgressPolicy;
 use wrenn_host::vmm::Accelerator;
@@ -162,6 +163,18 @@ pub(crate) struct ControlArgs {
     /// URL at which people reach this installation, for links in mails
     #[arg(long, env = "WRENN_PUBLIC_URL", value_name = "URL", help_heading = "Server")]
     pub(crate) public_url: Option<String>,
+    /// vCPUs that a host's sandboxes may have for each of its processors
+    #[arg(long, env = "WRENN_VCPU_OVERCOMMIT", value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=1000), help_heading = "Server")]
+    pub(crate) vcpu_overcommit: u32,
+    /// Disk in MiB that new sandboxes leave free on a host, for those that are there to grow into
+    #[arg(
+        long,
+        env = "WRENN_DISK_RESERVE_MB",
+        value_name = "MIB",
+        default_value_t = 2048,
+        help_heading = "Server"
+    )]
+    pub(crate) disk_reserve_mb: u64,
     #[command(flatten)]
     pub(crate) accounts: super::accounts::AccountArgs,
 }
@@ -177,6 +190,8 @@ impl ControlArgs {
             redis_url,
             secret_key,
             public_url,
+            vcpu_overcommit,
+            disk_reserve_mb,
             accounts,
         } = self;
         let mut config = ControlConfig::new(data_dir);
@@ -197,6 +212,10 @@ impl ControlArgs {
         } else {
             config.public_url = Some(format!("http://{listen}"));
         }
+        config.placement = Placement {
+            vcpu_overcommit: *vcpu_overcommit,
+            disk_reserve_mb: *disk_reserve_mb,
+        };
         accounts.apply(&mut config);
         Ok(config)
     }

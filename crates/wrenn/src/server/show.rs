@@ -49,6 +49,8 @@ pub(super) fn config(args: &UpArgs, json: bool) -> ExitCode {
                 .clone()
                 .unwrap_or_else(|| "as it listens".to_owned()),
         ),
+        ("WRENN_VCPU_OVERCOMMIT", args.control.vcpu_overcommit.to_string()),
+        ("WRENN_DISK_RESERVE_MB", args.control.disk_reserve_mb.to_string()),
         ("WRENN_AGENT_LISTEN", args.host.agent_listen.to_string()),
         (
             "WRENN_AGENT_URL",
