@@ -132,6 +132,8 @@ fn serve(core: usize, database: &str, data_dir: &str) -> Result<()> {
         .build()?
         .block_on(async {
             let mut config = ControlConfig::new(data_dir);
+            // The one simulated host takes all that is created, however many that is.
+            config.placement.vcpu_overcommit = u32::MAX;
             config.database_url = Some(database.to_owned());
             config.secret = Some(MasterSecret::generate()?);
             // The simulated host sends one heartbeat.

@@ -83,7 +83,7 @@ async fn run(stub: Stub, mut socket: WebSocket, exact: bool) {
         tokio::select! {
             chunk = output.recv() => match chunk {
                 Some((stream, data)) => {
-                    text(&mut socket, output(stream, &data, exact)).await;
+                    text(&mut socket, printed(stream, &data, exact)).await;
                 }
                 None => break,
             },
@@ -122,7 +122,7 @@ async fn run(stub: Stub, mut socket: WebSocket, exact: bool) {
 }
 
 /// A frame of output, as the platform makes it: damaged for those that did not ask for the bytes.
-fn output(stream: &str, data: &[u8], exact: bool) -> Value {
+fn printed(stream: &str, data: &[u8], exact: bool) -> Value {
     if exact {
         json!({"type": stream, "data": STANDARD.encode(data), "encoding": "base64"})
     } else {
@@ -179,7 +179,7 @@ pub(super) async fn process_stream(
     let exact = query.get("encoding").is_some_and(|encoding| encoding == "base64");
     Ok(upgrade.on_upgrade(async move |mut socket| {
         text(&mut socket, json!({"type": "start", "pid": 7})).await;
-        text(&mut socket, output("stdout", b"listening\xff\n", exact)).await;
+        text(&mut socket, printed("stdout", b"listening\xff\n", exact)).await;
         text(&mut socket, json!({"type": "exit", "exit_code": 3})).await;
         close(socket).await;
     }))

@@ -100,6 +100,32 @@ async fn a_script_over_a_table_through_the_command_line() {
         (failed.stdout.as_slice(), failed.stderr.as_slice()),
         (b"out\n".as_slice(), b"err\n".as_slice())
     );
+    // A program's bytes are what they were, and a file copied in as a user is that user's.
+    let program = wrenn(&platform, &["sandbox", "exec", &id, "--", "cat", "/bin/true"]);
+    ok(&platform, &["sandbox", "cp", &there("/bin/true"), "true"]);
+    assert!(
+        program.stdout == std::fs::read(dir.join("true")).expect("the program"),
+        "{} bytes came",
+        program.stdout.len()
+    );
+    ok(
+        &platform,
+        &["sandbox", "cp", "--user", "user", "sum.py", &there("new/sum.py")],
+    );
+    let stat = ["stat", "-c", "%U %n", "/home/user/new", "/home/user/new/sum.py"];
+    assert_eq!(
+        ok(&platform, &[&["sandbox", "exec", &id, "--"], &stat[..]].concat()),
+        "user /home/user/new\nuser /home/user/new/sum.py"
+    );
+    for copy in [["sum.py", &there("x")], [&there("/etc/passwd"), "passwd"]] {
+        let refused = wrenn(
+            &platform,
+            &[&["sandbox", "cp", "--user", "no-one"], &copy[..]].concat(),
+        );
+        assert_eq!(refused.status.code(), Some(125), "{refused:?}");
+        let told = String::from_utf8_lossy(&refused.stderr);
+        assert!(told.contains("user") && told.contains("no-one"), "{told}");
+    }
     let listed = ok(&platform, &["--json", "sandbox", "ls"]);
     let listed: serde_json::Value = serde_json::from_str(&listed).expect("JSON");
     assert_eq!(listed[0]["id"], id.as_str());
