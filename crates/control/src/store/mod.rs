@@ -187,6 +187,11 @@ fn file(data_dir: &Path) -> Result<ConnectOptions, DbErr> {
     std::fs::create_dir_all(data_dir)
         .map_err(|error| DbErr::Custom(format!("cannot create {}: {error}", data_dir.display())))?;
     let path = data_dir.join(FILE);
+    for name in [FILE, "control.db-wal", "control.db-shm"] {
+        let path = data_dir.join(name);
+        keep_private(&path, name == FILE)
+            .map_err(|error| DbErr::Custom(format!("cannot protect {}: {error}", path.display())))?;
+    }
     let mut options = ConnectOptions::new("sqlite://control.db?mode=rwc");
     options
         .max_connections(8)
@@ -203,6 +208,23 @@ fn file(data_dir: &Path) -> Result<ConnectOptions, DbErr> {
                 .busy_timeout(Duration::from_secs(15))
         });
     Ok(options)
+}
+
+/// Hashes of passwords and keys are in the database, and others may pass through its folder. SQLite makes its other
+/// files with the mode of the first.
+fn keep_private(path: &Path, make: bool) -> std::io::Result<()> {
+    use std::os::unix::fs::{OpenOptionsExt as _, PermissionsExt as _};
+    let opened = std::fs::File::options()
+        .read(true)
+        .append(true)
+        .create(make)
+        .mode(0o600)
+        .open(path);
+    match opened {
+        Ok(file) => file.set_permissions(std::fs::Permissions::from_mode(0o600)),
+        Err(error) if !make && error.kind() == std::io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
 /// Whether a write failed because a unique value is taken.
@@ -253,4 +275,27 @@ fn int(value: u32) -> i32 {
 /// The same for wide columns.
 fn big(value: u64) -> i64 {
     i64::try_from(value).unwrap_or(i64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use super::*;
+
+    #[test]
+    fn the_database_is_its_owners_alone() {
+        let folder = tempfile::tempdir().expect("a folder");
+        let log = folder.path().join("control.db-wal");
+        std::fs::write(&log, "").expect("written");
+        std::fs::set_permissions(&log, std::fs::Permissions::from_mode(0o644)).expect("as before");
+        file(folder.path()).expect("options");
+        for name in [FILE, "control.db-wal"] {
+            let mode = std::fs::metadata(folder.path().join(name))
+                .expect("there")
+                .permissions()
+                .mode();
+            assert_eq!(mode & 0o777, 0o600, "{name}");
+        }
+    }
 }

@@ -133,17 +133,7 @@ pub(crate) async fn exec_stream(
         };
         match started {
             Ok(((events, handle), stdin, encoding)) => {
-                follow(
-                    &services,
-                    &known,
-                    &mut sink,
-                    &mut stream,
-                    events,
-                    &handle,
-                    stdin,
-                    encoding,
-                )
-                .await;
+                follow(&known, &mut sink, &mut stream, events, &handle, stdin, encoding).await;
             }
             Err(error) => fail(&mut sink, &error).await,
         }
@@ -179,7 +169,6 @@ pub(crate) async fn process_stream(
         match services.connect_process(known.principal, &id, selector).await {
             Ok((events, handle)) => {
                 follow(
-                    &services,
                     &known,
                     &mut sink,
                     &mut stream,
@@ -196,7 +185,6 @@ pub(crate) async fn process_stream(
 }
 
 async fn follow(
-    services: &Services,
     known: &Known,
     sink: &mut Sink,
     stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
@@ -212,8 +200,8 @@ async fn follow(
         ended = write(sink, events, encoding, complaints) => Some(ended),
         () = listen(stream, handle, stdin.then_some(feed), &complain) => None,
         never = feed_stdin(food, handle, &complain) => match never {},
-        error = revoked(services, known) => Some(Err(Some(error))),
-        () = services.tasks.closing().cancelled() => Some(Ok(())),
+        error = revoked(known) => Some(Err(Some(error))),
+        () = known.services.tasks.closing().cancelled() => Some(Ok(())),
     };
     match ended {
         Some(Err(Some(error))) => fail(sink, &error).await,

@@ -123,6 +123,7 @@ enum AuthFrame {
 
 /// Who the client is, and with what it can be asked again whether it still is.
 pub(super) struct Known {
+    pub(super) services: Services,
     pub(super) principal: Principal,
     credential: (Option<String>, Option<String>),
     realm: Realm,
@@ -135,6 +136,7 @@ pub(super) async fn identify(
     stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
 ) -> Result<Known, Error> {
     let known = |principal, credential| Known {
+        services: services.clone(),
         principal,
         credential,
         realm: caller.realm,
@@ -159,7 +161,8 @@ pub(super) async fn identify(
 }
 
 /// Waits until the client's key or session counts no more: a connection may stay open for days.
-pub(super) async fn revoked(services: &Services, known: &Known) -> Error {
+pub(super) async fn revoked(known: &Known) -> Error {
+    let services = &known.services;
     let (key, token) = &known.credential;
     loop {
         tokio::time::sleep(services.config.timings.recheck).await;

@@ -179,7 +179,7 @@ async fn session(
     let ended = tokio::select! {
         ended = writing => Some(ended),
         () = listen(stream, handle, &dialect, complain) => None,
-        error = revoked(services, client) => Some(Err(Some(error))),
+        error = revoked(client) => Some(Err(Some(error))),
         () = services.tasks.closing().cancelled() => Some(Ok(())),
     };
     match ended {
