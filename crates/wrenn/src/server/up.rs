@@ -215,6 +215,8 @@ fn host_config(
 
 pub(super) fn prepare(data_dir: &Path) -> anyhow::Result<()> {
     use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _};
+    // The machines' users read images that are made here, whatever the shell's mask is; secrets have modes of their own.
+    rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
     // VM processes pass through it to the images that they may read.
     std::fs::DirBuilder::new()
         .recursive(true)
