@@ -43,15 +43,19 @@ impl FilesystemService {
             .map_err(ConnectError::invalid_argument)
     }
 
-    fn watch(&self, path: &Path, options: WatchOptions) -> Result<Arc<Watcher>, ConnectError> {
-        let found = std::fs::metadata(path).map_err(|error| tree::from_io(path, &error))?;
+    async fn watch(&self, path: PathBuf, options: WatchOptions) -> Result<Arc<Watcher>, ConnectError> {
+        let path = path.as_path();
+        let found = tokio::fs::metadata(path)
+            .await
+            .map_err(|error| tree::from_io(path, &error))?;
         if !found.is_dir() {
             return Err(ConnectError::invalid_argument(format!(
                 "'{}' is not a directory",
                 path.display()
             )));
         }
-        self.agent.watchers.watch(path, options).map_err(|error| match error {
+        let watching = self.agent.watchers.watch(path.to_owned(), options);
+        watching.await.map_err(|error| match error {
             WatchError::TooMany => ConnectError::resource_exhausted(error.to_string()),
             // The kernel's bounds of instances and watches.
             WatchError::Io(error)
@@ -108,7 +112,7 @@ impl Filesystem for FilesystemService {
             describe_or_error(&path)
         })
         .await?;
-        self.agent.watchers.sync();
+        self.agent.watchers.sync().await;
         Response::ok(MakeDirResponse {
             entry: entry.into(),
             ..Default::default()
@@ -124,7 +128,7 @@ impl Filesystem for FilesystemService {
         let source = self.resolve(request.source, &user)?;
         let destination = self.resolve(request.destination, &user)?;
         let entry = blocking(move || tree::rename(&source, &destination, &user)).await?;
-        self.agent.watchers.sync();
+        self.agent.watchers.sync().await;
         Response::ok(MoveResponse {
             entry: entry.into(),
             ..Default::default()
@@ -153,7 +157,7 @@ impl Filesystem for FilesystemService {
     ) -> ServiceResult<impl Encodable<RemoveResponse> + Send + use<'a>> {
         let path = self.resolve(request.path, &self.user(&ctx)?)?;
         blocking(move || tree::remove(&path)).await?;
-        self.agent.watchers.sync();
+        self.agent.watchers.sync().await;
         Response::ok(RemoveResponse::default())
     }
 
@@ -167,7 +171,7 @@ impl Filesystem for FilesystemService {
             recursive: request.recursive,
             include_entry: request.include_entry,
         };
-        let watcher = self.watch(&path, options)?;
+        let watcher = self.watch(path, options).await?;
         Response::ok(watch_stream(
             watcher,
             keepalive_interval(ctx.headers()),
@@ -185,7 +189,7 @@ impl Filesystem for FilesystemService {
             recursive: request.recursive,
             include_entry: request.include_entry,
         };
-        let watcher = self.watch(&path, options)?;
+        let watcher = self.watch(path, options).await?;
         let watcher_id = self
             .agent
             .watchers
@@ -206,7 +210,7 @@ impl Filesystem for FilesystemService {
             ConnectError::not_found(format!("watcher with id {} not found", request.watcher_id))
         })?;
         Response::ok(GetWatcherEventsResponse {
-            events: watcher.take(),
+            events: watcher.take().await,
             ..Default::default()
         })
     }
@@ -274,7 +278,7 @@ impl WatchStream {
                     ..Default::default()
                 }));
             }
-            self.ready.extend(self.watcher.take());
+            self.ready.extend(self.watcher.take().await);
             if !self.ready.is_empty() {
                 continue;
             }

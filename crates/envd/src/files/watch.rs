@@ -7,6 +7,9 @@
 //! Events are pulled from the kernel in three situations: by the watcher's own task, when a client polls, and by
 //! [`Watchers::sync`] after each of the agent's own changes. The last one is why a client that creates a
 //! directory and then writes into it through the agent never misses the second event.
+//!
+//! A directory may hold any number of others, and a file system may be slow: all that looks into one runs off the one
+//! thread that serves.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::io;
@@ -16,8 +19,9 @@ use std::sync::{Arc, Mutex, Weak};
 
 use inotify::{EventMask, Inotify, WatchDescriptor, WatchMask};
 use tokio::io::unix::AsyncFd;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 use tokio::task::AbortHandle;
+use tokio::time::{Duration, Instant};
 use wrenn_proto::filesystem::{EventType, FilesystemEvent};
 
 use super::entry::describe;
@@ -32,6 +36,8 @@ const MAX_PENDING: usize = 16_384;
 const MAX_READS: usize = 64;
 /// Watchers at a time; each may hold many kernel watches.
 const MAX_WATCHERS: usize = 256;
+/// A watcher that is polled lives on for this long after its last poll: its client may never say that it is done.
+const POLLED_LIFE: Duration = Duration::from_secs(3600);
 /// Directories per watcher.
 const MAX_DIRECTORIES: usize = 65_536;
 
@@ -48,6 +54,7 @@ pub(crate) struct Watcher {
     /// Told when events are pending.
     arrived: Notify,
     task: Mutex<Option<AbortHandle>>,
+    _place: OwnedSemaphorePermit,
 }
 
 impl Drop for Watcher {
@@ -80,7 +87,7 @@ enum Queue {
 
 impl Watcher {
     /// Starts watching; everything that happens after this returns is reported.
-    fn new(root: &Path, options: WatchOptions) -> io::Result<Self> {
+    fn new(root: &Path, options: WatchOptions, place: OwnedSemaphorePermit) -> io::Result<Self> {
         let mut state = WatchState {
             inotify: Inotify::init()?,
             root: root.to_owned(),
@@ -98,14 +105,20 @@ impl Watcher {
             state: Mutex::new(state),
             arrived: Notify::new(),
             task: Mutex::default(),
+            _place: place,
         })
     }
 
     /// Takes what has happened since the last call.
-    pub(crate) fn take(&self) -> Vec<FilesystemEvent> {
-        let mut state = lock(&self.state);
-        state.drain();
-        state.pending.drain(..).collect()
+    pub(crate) async fn take(self: &Arc<Self>) -> Vec<FilesystemEvent> {
+        let watcher = Arc::clone(self);
+        let taken = tokio::task::spawn_blocking(move || {
+            let mut state = lock(&watcher.state);
+            state.drain();
+            state.pending.drain(..).collect()
+        });
+        // It fails only while the agent ends.
+        taken.await.unwrap_or_default()
     }
 
     /// Waits until [`Watcher::take`] has something to give.
@@ -314,24 +327,41 @@ pub(crate) enum WatchError {
 }
 
 /// All watchers of the agent: those behind streams, and those that clients poll by id.
-#[derive(Default)]
 pub(crate) struct Watchers {
+    places: Arc<Semaphore>,
     all: Mutex<Vec<Weak<Watcher>>>,
-    polled: Mutex<HashMap<String, Arc<Watcher>>>,
+    /// With the time of their last poll.
+    polled: Mutex<HashMap<String, (Arc<Watcher>, Instant)>>,
+}
+
+impl Default for Watchers {
+    fn default() -> Self {
+        Self {
+            places: Arc::new(Semaphore::new(MAX_WATCHERS)),
+            all: Mutex::default(),
+            polled: Mutex::default(),
+        }
+    }
 }
 
 impl Watchers {
     /// Starts a watcher that lives as long as the caller holds it.
-    pub(crate) fn watch(&self, root: &Path, options: WatchOptions) -> Result<Arc<Watcher>, WatchError> {
-        let mut all = lock(&self.all);
-        all.retain(|watcher| watcher.strong_count() > 0);
-        if all.len() >= MAX_WATCHERS {
-            return Err(WatchError::TooMany);
-        }
-        let watcher = Arc::new(Watcher::new(root, options)?);
+    pub(crate) async fn watch(
+        &self,
+        root: PathBuf,
+        options: WatchOptions,
+    ) -> Result<Arc<Watcher>, WatchError> {
+        lock(&self.polled).retain(|_, (_, polled_at)| polled_at.elapsed() < POLLED_LIFE);
+        let place = Arc::clone(&self.places)
+            .try_acquire_owned()
+            .map_err(|_| WatchError::TooMany)?;
+        let made = tokio::task::spawn_blocking(move || Watcher::new(&root, options, place));
+        let watcher = Arc::new(made.await.map_err(io::Error::other)??);
         let readiness = lock(&watcher.state).inotify.as_fd().try_clone_to_owned()?;
         let task = tokio::spawn(follow(Arc::downgrade(&watcher), watch_fd(readiness)?)).abort_handle();
         *lock(&watcher.task) = Some(task);
+        let mut all = lock(&self.all);
+        all.retain(|watcher| watcher.strong_count() > 0);
         all.push(Arc::downgrade(&watcher));
         Ok(watcher)
     }
@@ -339,12 +369,15 @@ impl Watchers {
     /// Keeps a watcher under an id for polling.
     pub(crate) fn keep(&self, watcher: Arc<Watcher>) -> io::Result<String> {
         let id = random_id()?;
-        lock(&self.polled).insert(id.clone(), watcher);
+        lock(&self.polled).insert(id.clone(), (watcher, Instant::now()));
         Ok(id)
     }
 
     pub(crate) fn polled(&self, id: &str) -> Option<Arc<Watcher>> {
-        lock(&self.polled).get(id).cloned()
+        let mut polled = lock(&self.polled);
+        let (watcher, polled_at) = polled.get_mut(id)?;
+        *polled_at = Instant::now();
+        Some(Arc::clone(watcher))
     }
 
     /// False when there is none of this id.
@@ -353,11 +386,26 @@ impl Watchers {
     }
 
     /// Brings every watcher up to date with what the agent itself has just changed.
-    pub(crate) fn sync(&self) {
-        let all: Vec<Arc<Watcher>> = lock(&self.all).iter().filter_map(Weak::upgrade).collect();
-        for watcher in all {
-            watcher.pull();
+    pub(crate) async fn sync(&self) {
+        let all = self.live();
+        if !all.is_empty() {
+            let _ = tokio::task::spawn_blocking(move || pull(all)).await;
         }
+    }
+
+    /// The same on a thread for such work.
+    pub(crate) fn sync_here(&self) {
+        pull(self.live());
+    }
+
+    fn live(&self) -> Vec<Arc<Watcher>> {
+        lock(&self.all).iter().filter_map(Weak::upgrade).collect()
+    }
+}
+
+fn pull(watchers: Vec<Arc<Watcher>>) {
+    for watcher in watchers {
+        watcher.pull();
     }
 }
 
@@ -369,12 +417,15 @@ async fn follow(watcher: Weak<Watcher>, readiness: AsyncFd<OwnedFd>) {
         };
         // Cleared before the queue is emptied, so that what comes during that wakes this task again.
         guard.clear_ready();
-        while watcher
-            .upgrade()
-            .is_some_and(|watcher| watcher.pull() == Queue::Filled)
-        {
-            // Somebody writes without pause: the other tasks of this thread have their turn first.
-            tokio::task::yield_now().await;
+        loop {
+            let Some(watcher) = watcher.upgrade() else { return };
+            let queue = tokio::task::spawn_blocking(move || watcher.pull()).await;
+            // Filled: somebody writes without pause.
+            match queue {
+                Ok(Queue::Filled) => {}
+                Ok(Queue::Empty) => break,
+                Err(_) => return,
+            }
         }
     }
 }

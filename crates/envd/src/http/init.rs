@@ -51,7 +51,9 @@ pub(crate) async fn init(
     // File system work, so off the thread that serves.
     tokio::task::spawn_blocking(move || apply(&request, prepared))
         .await
-        .map_err(|_| Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "initialisation failed"))?;
+        .unwrap_or_else(|_| Err("initialisation failed".to_owned()))
+        // The host must know: a guest with its template's random numbers or names is no sandbox of its own.
+        .map_err(|failed| Failure::new(StatusCode::INTERNAL_SERVER_ERROR, failed))?;
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -134,7 +136,8 @@ fn parse_time(text: &str) -> Result<Timespec, Failure> {
     })
 }
 
-fn apply(request: &InitRequest, prepared: Prepared) {
+/// Makes the changes, all that can be made; the error names those that cannot.
+fn apply(request: &InitRequest, prepared: Prepared) -> Result<(), String> {
     let wanted = prepared.time.is_some()
         || !prepared.entropy.is_empty()
         || request.hostname.is_some()
@@ -142,13 +145,20 @@ fn apply(request: &InitRequest, prepared: Prepared) {
         || request.ca_bundle.is_some()
         || request.grow_root;
     if !wanted {
-        return;
+        return Ok(());
     }
     // Only as root of a guest: an agent on a developer's machine must not change that machine's clock or names.
     if !in_guest() {
         log!("init: not in a guest, so clock, entropy, names, certificates and disk stay as they are");
-        return;
+        return Ok(());
     }
+    let mut failed = Vec::new();
+    let mut report = |what: &str, result: io::Result<()>| {
+        if let Err(error) = result {
+            log!("init: {what}: {error}");
+            failed.push(format!("{what}: {error}"));
+        }
+    };
     if let Some(time) = prepared.time {
         report(
             "clock",
@@ -178,11 +188,10 @@ fn apply(request: &InitRequest, prepared: Prepared) {
     if request.grow_root {
         report("grow root", grow_root());
     }
-}
-
-fn report(what: &str, result: io::Result<()>) {
-    if let Err(error) = result {
-        log!("init: {what}: {error}");
+    if failed.is_empty() {
+        Ok(())
+    } else {
+        Err(failed.join("; "))
     }
 }
 
@@ -195,9 +204,14 @@ fn in_guest() -> bool {
 
 fn set_hostname(name: &str) -> io::Result<()> {
     rustix::system::sethostname(name.as_bytes())?;
-    fs::write("/etc/hostname", format!("{name}\n"))?;
+    // For programs' convenience: a template may have no such files, or a full disk.
     let hosts = fs::read_to_string("/etc/hosts").unwrap_or_default();
-    fs::write("/etc/hosts", hosts_with(&hosts, name))
+    let written = fs::write("/etc/hostname", format!("{name}\n"))
+        .and_then(|()| fs::write("/etc/hosts", hosts_with(&hosts, name)));
+    if let Err(error) = written {
+        log!("init: the hostname's files: {error}");
+    }
+    Ok(())
 }
 
 /// The file with the guest's own name on the line of 127.0.1.1, as Debian has it.

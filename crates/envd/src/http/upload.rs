@@ -232,7 +232,7 @@ impl Upload {
         let path = self.resolve(path)?;
         let target = self.open(path.clone()).await?;
         let outcome = fill(target.file, body).await;
-        self.agent.watchers.sync();
+        self.agent.watchers.sync().await;
         if let Err(failure) = outcome {
             if target.created {
                 // Half a file that nobody asked for would also keep a full disk full.
@@ -259,7 +259,7 @@ impl Upload {
             if let Some(parent) = path.parent()
                 && tree::make_dirs(parent, &user).map_err(|error| refused(parent, &error))?
             {
-                agent.watchers.sync();
+                agent.watchers.sync_here();
             }
             require_space(&path, expected)?;
             open_target(&path, &user, &metadata)
