@@ -102,6 +102,7 @@ impl Connection {
         } = self;
         // As axum does: small answers go out at once.
         let _ = socket.stream.set_nodelay(true);
+        notice_absence(&socket.stream);
         let busy = Busy::default();
         let counted = busy.clone();
         let service = hyper::service::service_fn(move |request: Request<Incoming>| {
@@ -137,6 +138,23 @@ impl Connection {
                 () = busy.idle_for(idle) => return,
             }
         }
+    }
+}
+
+/// Has the system end a connection whose client went away without a word (a cable, a laptop's lid): a stream on it would
+/// keep its sandbox awake, and its place taken, for ever.
+fn notice_absence(stream: &TcpStream) {
+    use rustix::net::sockopt;
+    let set = || {
+        sockopt::set_tcp_keepidle(stream, Duration::from_secs(30))?;
+        sockopt::set_tcp_keepintvl(stream, Duration::from_secs(10))?;
+        sockopt::set_tcp_keepcnt(stream, 3)?;
+        sockopt::set_socket_keepalive(stream, true)?;
+        // Milliseconds for which what was sent may stay unacknowledged.
+        sockopt::set_tcp_user_timeout(stream, 60_000)
+    };
+    if let Err(error) = set() {
+        tracing::debug!(%error, "absent clients of a connection will not be noticed");
     }
 }
 

@@ -320,10 +320,7 @@ async fn programs_run() {
             ConnectError::deadline_exceeded("killed after 30 s"),
             (504, "timeout"),
         ),
-        (
-            ConnectError::unavailable("envd does not answer"),
-            (502, "agent_error"),
-        ),
+        (ConnectError::unavailable("going down"), (503, "host_unavailable")),
         (ConnectError::internal("odd"), (502, "agent_error")),
         (
             ConnectError::invalid_argument("cwd '/x' does not exist"),

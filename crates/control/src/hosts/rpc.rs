@@ -23,11 +23,6 @@ pub(crate) fn is_ambiguous(error: &ConnectError) -> bool {
     )
 }
 
-/// Whether the request never got an answer from an agent at all.
-fn is_transport(error: &ConnectError) -> bool {
-    error.source_arc().is_some()
-}
-
 /// Text of a host or guest: bounded, and without the one character that PostgreSQL cannot keep.
 pub(crate) fn text(text: &str) -> String {
     let mut end = text.len().min(MAX_TEXT);
@@ -63,11 +58,11 @@ pub(crate) fn error(failure: ConnectError) -> Error {
         Rpc::ResourceExhausted => said(ErrorCode::NoCapacity, "the host has no room"),
         Rpc::PermissionDenied => said(ErrorCode::Forbidden, "the guest denied it"),
         Rpc::DeadlineExceeded => said(ErrorCode::Timeout, "it took longer than allowed"),
-        Rpc::Unavailable if is_transport(&failure) => Error::new(
+        // No agent answered, or one that is about to end.
+        Rpc::Unavailable => Error::new(
             ErrorCode::HostUnavailable,
             "the sandbox's host cannot be reached; try again shortly",
         ),
-        Rpc::Unavailable => said(ErrorCode::AgentError, "the guest agent does not answer"),
         Rpc::Unauthenticated => Error::new(
             ErrorCode::HostUnavailable,
             "the sandbox's host refused the control plane",

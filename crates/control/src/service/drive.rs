@@ -141,8 +141,9 @@ impl Services {
             }
             Err(error) => error,
         };
-        if matches!(error.code, Rpc::AlreadyExists) {
-            return self.ask(sandbox, None).await;
+        // It is there, or on its way to be or to go: the host knows where it stands.
+        if matches!(error.code, Rpc::AlreadyExists | Rpc::FailedPrecondition) {
+            return self.ask(sandbox, Some(error)).await;
         }
         let another =
             matches!(error.code, Rpc::ResourceExhausted | Rpc::Unavailable) && refused.len() < MAX_PLACEMENTS;

@@ -7,6 +7,8 @@
 //! character. `?encoding=base64` is for those that need the bytes as they were written: every chunk
 //! travels as base64, and says so, so that a reader never has to guess.
 
+use std::time::Duration;
+
 use axum::extract::State;
 use axum::extract::ws::{Message, WebSocketUpgrade};
 use axum::response::Response;
@@ -19,7 +21,7 @@ use wrenn_proto::rest::{ClientFrame, ErrorBody, ServerFrame};
 
 use super::{
     Gone, Known, Received, Sink, TextDecoder, bounded, close, error_frame, fail, first, identify, linger,
-    receive, revoked, send,
+    ping, receive, revoked, send,
 };
 use crate::api::error::{ApiError, ApiResult};
 use crate::api::extract::{Params, Segments, SocketCaller};
@@ -197,7 +199,7 @@ async fn follow(
     let (complain, complaints) = mpsc::channel(8);
     let (feed, food) = mpsc::channel(STDIN_QUEUE);
     let ended = tokio::select! {
-        ended = write(sink, events, encoding, complaints) => Some(ended),
+        ended = write(sink, events, encoding, complaints, known.services.config.timings.pty_ping) => Some(ended),
         () = listen(stream, handle, stdin.then_some(feed), &complain) => None,
         never = feed_stdin(food, handle, &complain) => match never {},
         error = revoked(known) => Some(Err(Some(error))),
@@ -292,7 +294,9 @@ async fn write(
     mut events: ProcessStream,
     encoding: Encoding,
     mut complaints: mpsc::Receiver<Error>,
+    every: Duration,
 ) -> Result<(), Option<Error>> {
+    let mut alive = tokio::time::interval_at(tokio::time::Instant::now() + every, every);
     let (mut out, mut err) = (Output::new(encoding), Output::new(encoding));
     let gone = |_: Gone| None;
     loop {
@@ -300,6 +304,10 @@ async fn write(
             event = events.next() => event.map_err(Some)?,
             Some(error) = complaints.recv() => {
                 send(sink, &error_frame(&error, false)).await.map_err(gone)?;
+                continue;
+            }
+            _ = alive.tick() => {
+                ping(sink).await.map_err(gone)?;
                 continue;
             }
         };

@@ -51,6 +51,14 @@ pub(super) async fn send(sink: &mut Sink, frame: &ServerFrame) -> Result<(), Gon
     sink.send(Message::Text(text.into())).await.map_err(|_| Gone)
 }
 
+/// Shows a quiet connection to be alive: proxies cut those that look idle, and the system notices by what is not
+/// acknowledged that a client is gone.
+pub(super) async fn ping(sink: &mut Sink) -> Result<(), Gone> {
+    sink.send(Message::Ping(bytes::Bytes::new()))
+        .await
+        .map_err(|_| Gone)
+}
+
 /// An error as a frame.
 pub(super) fn error_frame(error: &Error, fatal: bool) -> ServerFrame {
     ServerFrame::Error {
