@@ -42,7 +42,7 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
     let mut config = args.control.control_config(&data_dir)?;
     config.log_links = true;
     let control = open(config).await?;
-    let first = control.bootstrap().await?;
+    let first = bootstrap(&control, &data_dir, &url).await?;
     // The host keeps its identity, and so its sandboxes; one that this database does not know becomes a new one.
     let known = wrenn_host::registered_host(&data_dir)?.and_then(|host| host.parse().ok());
     let token = match control.issue_host_token(known).await {
@@ -72,10 +72,6 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
             return Err(error).context("cannot start the host agent");
         }
     };
-    match &first {
-        Some(first) => write_local_env(&data_dir, &url, &first.api_key)?,
-        None => renew_local_env(&data_dir, &url)?,
-    }
     announce(&url, &data_dir, first.as_ref(), started.elapsed());
     let ready = tokio::spawn(show_build(agent.template_progress(), agent.template_ready_told()));
 
@@ -117,21 +113,18 @@ pub(super) async fn control_plane(args: ControlPlaneArgs) -> anyhow::Result<()> 
     let data_dir = args.dirs.data_dir();
     prepare(&data_dir)?;
     let control = open_control(&data_dir, &args.control).await?;
-    let first = control.bootstrap().await?;
     if args.issue_host_token {
+        if let Some(first) = bootstrap(&control, &data_dir, &base_url(args.control.listen)).await? {
+            show_first_key(&data_dir, &first);
+        }
         println!("{}", control.issue_host_token(args.host).await?.token);
         control.stop().await;
         return Ok(());
     }
     let listeners = listen(args.control.listen).await?;
     let url = base_url(listeners[0].local_addr()?);
-    if let Some(first) = &first {
-        write_local_env(&data_dir, &url, &first.api_key)?;
-        eprintln!(
-            "First API key, shown this once (also in {}): {}",
-            data_dir.join("local.env").display(),
-            first.api_key
-        );
+    if let Some(first) = bootstrap(&control, &data_dir, &url).await? {
+        show_first_key(&data_dir, &first);
     }
     eprintln!("Serving {url}");
     let mut signals = Signals::listen()?;
@@ -257,8 +250,17 @@ async fn listen(address: SocketAddr) -> anyhow::Result<Vec<TcpListener>> {
     if let Some(other) = other {
         match bind(SocketAddr::new(other, port)).await {
             Ok(listener) => listeners.push(listener),
-            // A machine without the other protocol is no worse for it.
-            Err(error) => tracing::debug!("{error:#}"),
+            // A machine without the other protocol is no worse for it; another server there is somebody's surprise.
+            Err(error) => {
+                let taken = error
+                    .downcast_ref::<std::io::Error>()
+                    .is_some_and(|error| error.kind() == std::io::ErrorKind::AddrInUse);
+                if taken {
+                    tracing::warn!("{error:#}; clients that go there do not reach this one");
+                } else {
+                    tracing::debug!("{error:#}");
+                }
+            }
         }
     }
     Ok(listeners)
@@ -271,20 +273,44 @@ fn base_url(address: SocketAddr) -> String {
     }
 }
 
+/// Makes the first account, if there is none. Its key is written down at once: the database has its hash only, so a start
+/// that fails further on must not take it along.
+async fn bootstrap(control: &ControlPlane, data_dir: &Path, url: &str) -> anyhow::Result<Option<Bootstrap>> {
+    let first = control.bootstrap().await?;
+    match &first {
+        Some(first) => write_local_env(data_dir, url, &first.api_key)?,
+        None => renew_local_env(data_dir, url)?,
+    }
+    Ok(first)
+}
+
+fn show_first_key(data_dir: &Path, first: &Bootstrap) {
+    eprintln!(
+        "First API key, shown this once (also in {}): {}",
+        data_dir.join("local.env").display(),
+        first.api_key
+    );
+}
+
 /// Keeps the first key where the command line and scripts on this machine find it.
 fn write_local_env(data_dir: &Path, url: &str, api_key: &str) -> anyhow::Result<()> {
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt as _;
     let path = data_dir.join("local.env");
-    let mut file = std::fs::File::options()
-        .write(true)
-        .create(true)
-        .truncate(true)
-        .mode(0o600)
-        .open(&path)
-        .with_context(|| format!("cannot write {}", path.display()))?;
-    writeln!(file, "WRENN_API_KEY={api_key}\nWRENN_BASE_URL={url}")?;
-    Ok(())
+    let partial = data_dir.join("local.env.new");
+    let write = || {
+        // A file of an earlier attempt may have another mode.
+        let _ = std::fs::remove_file(&partial);
+        let mut file = std::fs::File::options()
+            .write(true)
+            .create_new(true)
+            .mode(0o600)
+            .open(&partial)?;
+        writeln!(file, "WRENN_API_KEY={api_key}\nWRENN_BASE_URL={url}")?;
+        file.sync_all()?;
+        std::fs::rename(&partial, &path)
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
 }
 
 /// The address may be another than at the first start; the key is the same.
