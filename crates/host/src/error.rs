@@ -24,6 +24,12 @@ pub enum HostError {
         /// What would have been needed.
         wanted: &'static str,
     },
+    /// A sandbox of this id is there, and no longer where its create had left it.
+    #[error("sandbox '{id}' exists")]
+    Exists {
+        /// Its id.
+        id: String,
+    },
     /// The request was decided before one that has been acted on already.
     #[error("request of generation {got} is older than generation {seen}")]
     Stale {
@@ -111,19 +117,69 @@ impl From<HostError> for ConnectError {
         let code = match &error {
             HostError::NotFound { .. } => ErrorCode::NotFound,
             HostError::WrongState { .. } | HostError::TemplateNotReady(_) => ErrorCode::FailedPrecondition,
+            HostError::Exists { .. } => ErrorCode::AlreadyExists,
             HostError::Stale { .. } => ErrorCode::Aborted,
             HostError::NoCapacity(_) => ErrorCode::ResourceExhausted,
             HostError::InvalidArgument { .. } => ErrorCode::InvalidArgument,
-            HostError::Guest(_) | HostError::ShuttingDown => ErrorCode::Unavailable,
+            HostError::ShuttingDown => ErrorCode::Unavailable,
             HostError::GuestRefused(inner) => {
                 return ConnectError::new(inner.code, error.to_string());
             }
+            // What a guest does to its own agent is not the operator's business; and it is an answer, unlike the
+            // silence of a host.
+            HostError::Guest(_) => return ConnectError::internal(error.to_string()),
             HostError::Vmm(_) | HostError::Program { .. } | HostError::Io { .. } => ErrorCode::Internal,
         };
         if code == ErrorCode::Internal {
             // The chain holds paths and causes that are the operator's business, not the client's.
             tracing::error!(error = &error as &dyn std::error::Error, "request failed");
+            return ConnectError::internal(public(&error.to_string()));
         }
         ConnectError::new(code, error.to_string())
+    }
+}
+
+/// A text without the host's absolute paths, for readers who do not run the host. Programs and QEMU quote them.
+pub(crate) fn public(text: &str) -> String {
+    let mut shown = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(at) = rest.find('/') {
+        let (before, from) = rest.split_at(at);
+        shown.push_str(before);
+        let end = from
+            .find(|c: char| c.is_whitespace() || matches!(c, ':' | ',' | ';' | '\'' | '"' | ')' | '('))
+            .unwrap_or(from.len());
+        let (path, after) = from.split_at(end);
+        // "and/or" is a word, and so is a lone slash.
+        let starts_a_word = !before.ends_with(|c: char| c.is_alphanumeric());
+        shown.push_str(if starts_a_word && path.len() > 1 {
+            "(path)"
+        } else {
+            path
+        });
+        rest = after;
+    }
+    shown.push_str(rest);
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn paths_of_the_host_are_not_shown() {
+        for (text, shown) in [
+            ("read: /srv/wrenn/images/x/manifest.json", "read: (path)"),
+            (
+                "QEMU said: can't open backing store /a/b,c: No such file",
+                "QEMU said: can't open backing store (path),c: No such file",
+            ),
+            ("'/etc/x' and/or 5 / 2", "'(path)' and/or 5 / 2"),
+            ("nothing here", "nothing here"),
+            ("/", "/"),
+        ] {
+            assert_eq!(public(text), shown);
+        }
     }
 }

@@ -4,7 +4,8 @@
 //! $WRENN_DIR/
 //!   images/base/{rootfs}.ext4                     root filesystems, read-only backing files
 //!   images/teams/{team}/{template}/{image}/       memory, device state, disk and manifest of a template
-//!   sandboxes/{sandbox}/                          journal, disk overlay, saved memory, sockets of a sandbox
+//!   sandboxes/{sandbox}/                          journal, saved memory and device state, log of a sandbox (root alone)
+//!   sandboxes/{sandbox}/vm/                       its disk overlay and sockets: where its VM process works
 //!   pool/{vm}/                                    the same, of a VM that no sandbox has claimed yet
 //!   tmp/                                          unfinished work; emptied at start
 //!   host.json                                     the host's registration (0600)
@@ -126,10 +127,44 @@ impl Layout {
     }
 }
 
+/// A folder of unfinished work. It goes when this is dropped, unless it was moved to where it belongs.
+#[derive(Debug)]
+pub(crate) struct WorkDir(Option<PathBuf>);
+
+impl WorkDir {
+    pub(crate) fn create(path: PathBuf) -> Result<Self> {
+        std::fs::create_dir(&path).at("create", &path)?;
+        Ok(Self(Some(path)))
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.as_deref().unwrap_or(Path::new(""))
+    }
+
+    /// Moves it into place, whole or not at all.
+    pub(crate) fn persist(mut self, to: &Path) -> Result<()> {
+        std::fs::rename(self.path(), to).at("move into place", to)?;
+        self.0 = None;
+        Ok(())
+    }
+}
+
+impl Drop for WorkDir {
+    fn drop(&mut self) {
+        if let Some(path) = &self.0
+            && let Err(error) = std::fs::remove_dir_all(path)
+        {
+            tracing::warn!(path = %path.display(), %error, "unfinished work is left to the next start");
+        }
+    }
+}
+
 /// Files inside the directory of one VM (a sandbox's, or a pooled one's).
 ///
-/// The directory may be renamed while the VM runs: QEMU works in it by relative names, and the agent
-/// reaches the sockets through whatever name the directory has at the moment.
+/// The directory may be renamed while the VM runs: QEMU works in the folder `vm` in it by relative names, and the agent
+/// reaches the sockets through whatever name the directory has at the moment. That folder belongs to the VM's user while
+/// the VM runs, and nothing in it is believed: an escape from the guest ends there, and finds no file by which to
+/// mislead an agent that runs as root.
 #[derive(Debug, Clone)]
 pub(crate) struct VmDir(PathBuf);
 
@@ -146,12 +181,30 @@ impl VmDir {
         Self(path)
     }
 
+    /// Makes the two folders.
+    pub(crate) fn create(path: PathBuf) -> Result<Self> {
+        use std::os::unix::fs::DirBuilderExt as _;
+        let dir = Self(path);
+        for path in [dir.path().to_path_buf(), dir.work()] {
+            std::fs::DirBuilder::new()
+                .mode(0o700)
+                .create(&path)
+                .at("create", &path)?;
+        }
+        Ok(dir)
+    }
+
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 
+    /// Where the VM's process works.
+    pub(crate) fn work(&self) -> PathBuf {
+        self.0.join("vm")
+    }
+
     pub(crate) fn disk(&self) -> PathBuf {
-        self.0.join(Self::DISK)
+        self.work().join(Self::DISK)
     }
 
     pub(crate) fn journal(&self) -> PathBuf {
@@ -165,7 +218,7 @@ impl VmDir {
 
     /// Device state that is being written.
     pub(crate) fn partial_state(&self) -> PathBuf {
-        self.0.join(Self::PARTIAL_STATE)
+        self.work().join(Self::PARTIAL_STATE)
     }
 
     /// Memory that is being written.

@@ -16,6 +16,7 @@ use wrenn_proto::rest::SandboxStatus;
 
 use crate::error::HostError;
 use crate::guest::{Chunks, Events, sync_stream};
+use crate::manager::activity::{Activity, Followed};
 use crate::manager::{CreateSpec, Manager, View, random};
 use crate::template::BuildState;
 use crate::vmm::Shape;
@@ -42,7 +43,9 @@ fn seconds(limit: u32) -> Option<Duration> {
 fn sandbox(view: &View) -> Sandbox {
     let record = &view.record;
     let (error, console_tail) = match &record.phase {
-        crate::manager::journal::Phase::Error { message, console } => (message.clone(), console.clone()),
+        crate::manager::journal::Phase::Error { message, console } => {
+            (crate::error::public(message), console.clone())
+        }
         _ => Default::default(),
     };
     Sandbox {
@@ -266,10 +269,11 @@ impl HostAgent for Service {
             spec.tag = Some(default_tag(if request.pty.is_set() { "pty" } else { "proc" })?);
         }
         let limit = seconds(request.timeout_sec);
+        let followed = handle.activity.follow();
         let events = guest
             .start(spec, request.pty.into_option(), request.stdin, limit)
             .await?;
-        Response::ok(streamed(events, handle.activity))
+        Response::ok(streamed(events, handle.activity, followed))
     }
 
     async fn connect_process(
@@ -282,7 +286,8 @@ impl HostAgent for Service {
         let events = guest
             .follow(&required(request.process.into_option(), "process")?)
             .await?;
-        Response::ok(streamed(events, handle.activity))
+        let followed = handle.activity.follow();
+        Response::ok(streamed(events, handle.activity, followed))
     }
 
     async fn list_processes<'a>(
@@ -595,12 +600,15 @@ fn minimal_status(build: &BuildState) -> TemplateStatus {
     }
 }
 
-/// A process's events for the wire. What the process writes counts as use of the sandbox; its silence does not.
+/// A process's events for the wire. What the process writes counts as use of the sandbox, and so does its silence while
+/// somebody follows it.
 fn streamed(
     events: Events,
-    activity: std::sync::Arc<crate::manager::activity::Activity>,
+    activity: std::sync::Arc<Activity>,
+    followed: Followed,
 ) -> ServiceStream<ProcessEvent> {
     Box::pin(events.map(move |event| {
+        let _held_while_the_stream_lives = &followed;
         if !matches!(
             &event,
             Ok(ProcessEvent {

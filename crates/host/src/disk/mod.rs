@@ -11,16 +11,35 @@ pub(crate) use qcow2::{BackingFormat, create_overlay};
 /// Copies a file, sharing its blocks where the file system can, keeping its holes where it cannot.
 pub(crate) fn copy_sparse(from: &Path, to: &Path) -> Result<()> {
     let source = std::fs::File::open(from).at("open for copying", from)?;
+    copy_open(&source, to)
+}
+
+/// The same of a file that is open.
+pub(crate) fn copy_open(source: &std::fs::File, to: &Path) -> Result<()> {
     let target = std::fs::File::options()
         .write(true)
         .create(true)
         .truncate(true)
         .open(to)
         .at("create a copy", to)?;
-    if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
+    if rustix::fs::ioctl_ficlone(&target, source).is_ok() {
         return Ok(());
     }
-    copy_data_extents(&source, &target).at("copy", to)
+    copy_data_extents(source, &target).at("copy to", to)
+}
+
+/// Has the system write to the disk what is only in its memory, of the files and folders that are still there. A loss
+/// of power then loses nothing of them. May take long.
+pub(crate) fn sync(paths: &[std::path::PathBuf]) {
+    for path in paths {
+        let synced = std::fs::File::open(path).and_then(|file| file.sync_all());
+        match synced {
+            Ok(()) => {}
+            // It has gone on to its next state meanwhile.
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => tracing::warn!(path = %path.display(), %error, "cannot write through to the disk"),
+        }
+    }
 }
 
 fn copy_data_extents(source: &std::fs::File, target: &std::fs::File) -> std::io::Result<()> {

@@ -14,12 +14,18 @@ pub(crate) struct Activity {
     idle_since_ms: AtomicI64,
     origin: Instant,
     under_way: AtomicUsize,
+    /// Streams that somebody follows, which a pause does not wait for.
+    followed: AtomicUsize,
     changed: Notify,
 }
 
 /// A request under way. Dropping it ends the request.
 #[derive(Debug)]
 pub(crate) struct UnderWay(Arc<Activity>);
+
+/// A stream that somebody follows. Dropping it ends that.
+#[derive(Debug)]
+pub(crate) struct Followed(Arc<Activity>);
 
 impl Activity {
     pub(crate) fn new(last_ms: i64) -> Self {
@@ -28,6 +34,7 @@ impl Activity {
             idle_since_ms: AtomicI64::new(0),
             origin: Instant::now(),
             under_way: AtomicUsize::new(0),
+            followed: AtomicUsize::new(0),
             changed: Notify::new(),
         }
     }
@@ -46,7 +53,18 @@ impl Activity {
         UnderWay(Arc::clone(self))
     }
 
+    /// Begins to follow a stream: somebody waits for a command, however silent it is.
+    pub(crate) fn follow(self: &Arc<Self>) -> Followed {
+        self.followed.fetch_add(1, Ordering::AcqRel);
+        Followed(Arc::clone(self))
+    }
+
+    /// Whether somebody waits for the sandbox, so that it is not idle.
     pub(crate) fn busy(&self) -> bool {
+        self.under_way() || self.followed.load(Ordering::Acquire) > 0
+    }
+
+    fn under_way(&self) -> bool {
         self.under_way.load(Ordering::Acquire) > 0
     }
 
@@ -54,7 +72,7 @@ impl Activity {
     pub(crate) async fn drained(&self) {
         loop {
             let changed = self.changed.notified();
-            if !self.busy() {
+            if !self.under_way() {
                 return;
             }
             changed.await;
@@ -77,6 +95,13 @@ impl Drop for UnderWay {
         self.0.touch();
         self.0.under_way.fetch_sub(1, Ordering::AcqRel);
         self.0.changed.notify_waiters();
+    }
+}
+
+impl Drop for Followed {
+    fn drop(&mut self) {
+        self.0.touch();
+        self.0.followed.fetch_sub(1, Ordering::AcqRel);
     }
 }
 

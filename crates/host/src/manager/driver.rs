@@ -152,7 +152,10 @@ impl Driver {
                     Some(request) => if self.serve(request).await.is_break() { return },
                     None => return,
                 },
-                exit = vm_exit(&mut self.life) => self.vm_died(&exit),
+                news = vm_news(&mut self.life) => match news {
+                    News::Exit(exit) => self.vm_died(&exit),
+                    News::NetworkBroken => self.reconnect().await,
+                },
                 () = sleep_until(expiry) => self.expire().await,
                 _ = sample.tick() => self.sample(),
             }
@@ -288,6 +291,9 @@ impl Driver {
         match outcome {
             Ok(saved) => {
                 self.end_vm().await;
+                self.take_back();
+                let kept = vm::kept_files(&self.dir);
+                self.shared.tasks.spawn_blocking(move || crate::disk::sync(&kept));
                 tracing::info!(
                     sandbox = %self.record.id,
                     pages = saved.pages,
@@ -299,6 +305,9 @@ impl Driver {
                 Ok(())
             }
             Err(error) => {
+                if self.lose_if_stuck().await {
+                    return Err(error);
+                }
                 // The undo inside let the guest go on.
                 self.guest.send_replace(guest);
                 self.publish(SandboxStatus::Running);
@@ -355,8 +364,51 @@ impl Driver {
             state: SandboxStatus::Snapshotting,
         });
         let outcome = vm::snapshot(&self.shared, &self.dir, &self.record, running, team, template).await;
-        self.publish(self.settled());
+        if !self.lose_if_stuck().await {
+            self.publish(self.settled());
+        }
         outcome
+    }
+
+    /// A VM whose guest cannot be let go on is ended: it would be shown as running, and stand still for ever.
+    async fn lose_if_stuck(&mut self) -> bool {
+        let Life::Running(running) = &mut self.life else {
+            return false;
+        };
+        let Some(why) = running.stuck.take() else {
+            return false;
+        };
+        let console = running.console.tail();
+        self.end_vm().await;
+        self.lost(
+            format!("it was stopped for a moment and could not be let go on: {why}"),
+            console,
+        );
+        true
+    }
+
+    /// After the VM's process has ended: its folder is no longer its user's.
+    fn take_back(&self) {
+        if let Err(error) = crate::vmm::folder::take_back(&self.dir.work()) {
+            tracing::error!(sandbox = %self.record.id, error = &error as &dyn std::error::Error, "cannot take a folder back");
+        }
+    }
+
+    /// Connects a broken network again, as often as it takes: memory and disk are well without it.
+    async fn reconnect(&mut self) {
+        let Life::Running(running) = &mut self.life else {
+            return;
+        };
+        match vm::reconnect(&self.shared, &self.dir, &self.record, running).await {
+            Ok(()) => {
+                tracing::info!(sandbox = %self.record.id, "a guest's network is connected again");
+                self.guest.send_replace(Some(running.guest.clone()));
+            }
+            Err(error) => {
+                tracing::debug!(sandbox = %self.record.id, %error, "cannot connect a guest's network");
+                self.guest.send_replace(None);
+            }
+        }
     }
 
     async fn end_vm(&mut self) {
@@ -393,8 +445,7 @@ impl Driver {
         let Life::Running(running) = &mut self.life else {
             return;
         };
-        let said = std::fs::read_to_string(self.dir.vmm_log()).unwrap_or_default();
-        let said = crate::vmm::qemu::tail(said.trim(), 600);
+        let said = crate::vmm::qemu::last_words(&self.dir);
         let message = if said.is_empty() {
             format!("the virtual machine ended unexpectedly ({exit})")
         } else {
@@ -402,7 +453,13 @@ impl Driver {
         };
         let console = running.console.tail();
         tracing::warn!(sandbox = %self.record.id, %exit, "a VM died");
+        self.lost(message, console);
+    }
+
+    /// The VM is gone, and with it the sandbox's memory.
+    fn lost(&mut self, message: String, console: String) {
         self.guest.send_replace(None);
+        self.take_back();
         self.record.phase = Phase::Error { message, console };
         self.life = Life::Error;
         if let Err(error) = self.record.write(&self.dir) {
@@ -468,10 +525,21 @@ impl Driver {
     }
 }
 
-async fn vm_exit(life: &mut Life) -> crate::vmm::process::Exit {
-    match life {
-        Life::Running(running) => running.vm.exited().await,
-        Life::Paused | Life::Error => std::future::pending().await,
+/// What a VM does that nobody asked for.
+enum News {
+    Exit(crate::vmm::process::Exit),
+    NetworkBroken,
+}
+
+async fn vm_news(life: &mut Life) -> News {
+    let Life::Running(running) = life else {
+        return std::future::pending().await;
+    };
+    let Running { vm, wire, .. } = running.as_mut();
+    tokio::select! {
+        biased;
+        exit = vm.exited() => News::Exit(exit),
+        () = wire.broken() => News::NetworkBroken,
     }
 }
 

@@ -11,14 +11,15 @@ use crate::layout::{VmDir, write_private};
 use crate::vmm::Shape;
 use crate::vmm::process::ProcessId;
 
-/// The form of the record that this agent writes, and the newest that it reads.
-const VERSION: u32 = 1;
+/// The form of the record and its folder that this agent writes, and the newest that it reads. Before 2 the disk was
+/// beside the record.
+const VERSION: u32 = 2;
 
 /// A sandbox's record.
 #[derive(Clone, Serialize, Deserialize)]
 pub(crate) struct Record {
     /// Absent in the first records, which had this form already.
-    #[serde(default = "current_version")]
+    #[serde(default = "first_version")]
     pub(crate) version: u32,
     pub(crate) id: SandboxId,
     pub(crate) team: TeamId,
@@ -119,6 +120,25 @@ impl Record {
         }
         Ok(Some(record))
     }
+
+    /// Brings a folder of an earlier version into today's form. Its VM, if it has one, works where it did.
+    pub(crate) fn upgrade(&mut self, dir: &VmDir) -> Result<()> {
+        if self.version == VERSION || !matches!(self.phase, Phase::Paused | Phase::Error { .. }) {
+            return Ok(());
+        }
+        let disk = dir.path().join(VmDir::DISK);
+        if disk.exists() {
+            let work = dir.work();
+            std::fs::create_dir_all(&work).at("create", &work)?;
+            std::fs::rename(&disk, dir.disk()).at("move", &disk)?;
+        }
+        self.version = VERSION;
+        self.write(dir)
+    }
+}
+
+fn first_version() -> u32 {
+    1
 }
 
 pub(crate) fn current_version() -> u32 {
@@ -148,7 +168,15 @@ mod tests {
     fn a_first_record_is_still_read() {
         let (_root, dir) = folder(ID, FIRST);
         let record = Record::read(&dir).expect("readable").expect("there");
-        assert_eq!((record.generation, record.phase), (3, Phase::Paused));
+        assert_eq!((record.generation, &record.phase), (3, &Phase::Paused));
+        std::fs::write(dir.path().join(VmDir::DISK), "disk").expect("written");
+        let mut record = record;
+        for _ in 0..2 {
+            record.upgrade(&dir).expect("upgraded");
+            assert_eq!(std::fs::read_to_string(dir.disk()).expect("moved"), "disk");
+        }
+        let again = Record::read(&dir).expect("readable").expect("there");
+        assert_eq!(again.version, VERSION);
     }
 
     #[test]
@@ -157,7 +185,7 @@ mod tests {
             (ID, "{"),
             (ID, ""),
             (ID, &FIRST.replace("\"paused\"", "\"dreaming\"")),
-            (ID, &FIRST.replacen('{', "{\"version\":2,", 1)),
+            (ID, &FIRST.replacen('{', "{\"version\":3,", 1)),
             ("sb-01a21789-42b3-73a0-b5b3-ab909ef7cc3d", FIRST),
         ] {
             let (_root, dir) = folder(name, journal);

@@ -14,6 +14,7 @@ mod vm;
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
@@ -185,12 +186,15 @@ impl Shared {
     }
 
     fn images_in_use(&self) -> Vec<PathBuf> {
+        let waiting = self.pool.images();
+        let waiting = waiting.iter().map(|image| self.templates.relative(image));
         self.sandboxes()
             .values()
             .map(|entry| match entry {
                 Entry::Starting(starting) => starting.record.image.clone(),
                 Entry::Live(handle) => handle.view.borrow().record.image.clone(),
             })
+            .chain(waiting)
             .collect()
     }
 
@@ -327,17 +331,50 @@ impl Manager {
     }
 
     /// Creates a sandbox. After an error nothing of it is left.
+    ///
+    /// Asked for again while it is under way, as a control plane does whose first call lost its answer, it gives that
+    /// one's outcome: both callers learn the same of one sandbox.
     pub(crate) async fn create(&self, spec: CreateSpec) -> Result<View> {
-        let shared = &self.shared;
-        if let Some(entry) = shared.sandboxes().get(&spec.id) {
-            return match entry {
-                Entry::Live(handle) => Ok(handle.view.borrow().clone()),
-                Entry::Starting(_) => Err(HostError::WrongState {
-                    state: "starting",
-                    wanted: "absent",
-                }),
-            };
+        loop {
+            if let Some(view) = self.known(spec.id).await? {
+                return Ok(view);
+            }
+            if let Some(view) = self.create_new(&spec).await? {
+                return Ok(view);
+            }
         }
+    }
+
+    /// A sandbox that is there already, once its create has ended; `None` when there is none (any more).
+    async fn known(&self, id: SandboxId) -> Result<Option<View>> {
+        let starting = match self.shared.sandboxes().get(&id) {
+            None => return Ok(None),
+            Some(Entry::Live(handle)) => {
+                let view = handle.view.borrow().clone();
+                return match view.state {
+                    SandboxStatus::Running => Ok(Some(view)),
+                    // It has a life of its own by now, which the caller should look at.
+                    _ => Err(HostError::Exists { id: id.to_string() }),
+                };
+            }
+            Some(Entry::Starting(starting)) => starting.clone(),
+        };
+        starting.ended.cancelled().await;
+        if starting.cancel.is_cancelled() {
+            return Err(HostError::WrongState {
+                state: "stopping",
+                wanted: "starting",
+            });
+        }
+        Ok(match self.shared.sandboxes().get(&id) {
+            Some(entry) => Some(entry.view()),
+            None => None,
+        })
+    }
+
+    /// Creates a sandbox that is not there; `None` when another call has begun it meanwhile.
+    async fn create_new(&self, spec: &CreateSpec) -> Result<Option<View>> {
+        let shared = &self.shared;
         shared.check_memory(spec.shape, None)?;
         shared.check_disk()?;
         let image = shared
@@ -367,7 +404,7 @@ impl Manager {
             created_at_ms: now,
             last_active_at_ms: now,
             token: hex::encode(vm::random::<32>()?),
-            envs: spec.envs,
+            envs: spec.envs.clone(),
             phase: Phase::Starting,
         };
         let starting = Starting {
@@ -383,10 +420,7 @@ impl Manager {
                 return Err(HostError::ShuttingDown);
             }
             if sandboxes.contains_key(&spec.id) {
-                return Err(HostError::WrongState {
-                    state: "starting",
-                    wanted: "absent",
-                });
+                return Ok(None);
             }
             // Again, and with the place taken at once: many creates at a time all found room above.
             shared.check_promised(&sandboxes, spec.shape, None)?;
@@ -418,7 +452,7 @@ impl Manager {
                     let handle = Driver::start(Arc::clone(&manager.shared), dir, record, origin);
                     let view = handle.view.borrow().clone();
                     manager.shared.sandboxes().insert(id, Entry::Live(handle));
-                    Ok(view)
+                    Ok(Some(view))
                 }
                 Err(error) => {
                     if let Err(error) = std::fs::remove_dir_all(dir.path())
@@ -453,13 +487,18 @@ impl Manager {
                 }
             }
         }
-        std::fs::create_dir(dir.path()).at("create", dir.path())?;
+        let dir = &VmDir::create(dir.path().to_path_buf())?;
         vm::create(&self.shared, dir, record, image).await
     }
 
     /// Makes the built-in template if it is missing, then keeps virtual machines of it ready.
     pub(crate) async fn prepare(&self) {
-        self.shared.templates.prepare_minimal().await;
+        // What was missing may be there later: a mirror that was away, room on the disk.
+        let mut pause = Duration::from_secs(30);
+        while self.shared.templates.prepare_minimal().await.is_err() {
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(Duration::from_secs(600));
+        }
         self.shared.collect_images();
         let shared = Arc::clone(&self.shared);
         self.shared
@@ -610,6 +649,7 @@ impl Manager {
     /// Ends all tasks; running sandboxes are paused first, or left running to be found by the next agent.
     pub(crate) async fn retire(&self, pause: bool, told: impl Fn(usize, usize)) {
         self.shared.pool.close();
+        self.shared.templates.close().await;
         // Those under way become sandboxes to be retired like the others; none begins from here on.
         self.shared.creates.close();
         self.shared.creates.wait().await;

@@ -13,7 +13,7 @@ use wrenn_proto::id::{TeamId, TemplateId};
 
 use super::Shared;
 use super::vm::{Restored, restore};
-use crate::error::{IoContext as _, Result};
+use crate::error::Result;
 use crate::layout::VmDir;
 use crate::template::{BuildState, Image, TemplateStore};
 
@@ -123,13 +123,8 @@ impl Pool {
             .templates
             .image(TeamId::PLATFORM, TemplateId::MINIMAL, TemplateStore::USUAL_SHAPE)
             .await?;
-        let dir = VmDir::new(
-            shared
-                .layout
-                .pool()
-                .join(uuid::Uuid::new_v4().simple().to_string()),
-        );
-        std::fs::create_dir(dir.path()).at("create", dir.path())?;
+        let name = uuid::Uuid::new_v4().simple().to_string();
+        let dir = VmDir::create(shared.layout.pool().join(name))?;
         let made = async {
             let mut restored = restore(shared, &dir, image.clone(), image.manifest.disk_mb).await?;
             restored.warm_up().await?;
@@ -146,6 +141,11 @@ impl Pool {
                 Err(error)
             }
         }
+    }
+
+    /// The images on which the waiting VMs stand.
+    pub(crate) fn images(&self) -> Vec<Image> {
+        self.ready().iter().map(|warm| warm.image.clone()).collect()
     }
 
     /// Stops refilling.

@@ -10,6 +10,7 @@ use super::journal::{Phase, Record};
 use super::{Entry, Event, Manager, vm};
 use crate::error::{IoContext as _, Result};
 use crate::layout::VmDir;
+use crate::vmm::folder;
 use crate::vmm::process::{ProcessId, VmmProcess, processes};
 
 impl Manager {
@@ -57,6 +58,9 @@ impl Manager {
         end_strays(shared.layout.data(), &keep, &spared).await;
         let mut counts = (0, 0, 0);
         for (dir, mut record) in found {
+            if let Err(error) = record.upgrade(&dir) {
+                tracing::error!(sandbox = %record.id, error = &error as &dyn std::error::Error, "cannot renew its folder");
+            }
             let (origin, reason) = match record.phase.clone() {
                 Phase::Running { process, slot, vm } => {
                     match self.adopt(&dir, &record, process, slot, &vm).await {
@@ -69,7 +73,10 @@ impl Manager {
                                 message: error.to_string(),
                                 console: String::new(),
                             };
-                            record.write(&dir)?;
+                            // Of one sandbox; the others are to be served.
+                            if let Err(error) = record.write(&dir) {
+                                tracing::error!(sandbox = %record.id, error = &error as &dyn std::error::Error, "journal");
+                            }
                             counts.2 += 1;
                             (Origin::Error, Some("vmm_exited"))
                         }
@@ -84,6 +91,11 @@ impl Manager {
                     (Origin::Paused, None)
                 }
             };
+            if !matches!(origin, Origin::Running(_))
+                && let Err(error) = folder::take_back(&dir.work())
+            {
+                tracing::error!(sandbox = %record.id, error = &error as &dyn std::error::Error, "cannot take a folder back");
+            }
             let id = record.id;
             let handle = Driver::start(Arc::clone(shared), dir, record, origin);
             if let Some(reason) = reason {

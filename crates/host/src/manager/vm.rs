@@ -4,17 +4,18 @@
 //! simply go on. **Resuming** is free of consequences until the guest runs its first instruction: the journal says
 //! "running" right before that, because from there on the disk moves away from the saved memory.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use wrenn_proto::guest::InitRequest;
-use wrenn_proto::id::{TeamId, TemplateId};
+use wrenn_proto::id::{SandboxId, TeamId, TemplateId};
 
 use super::console::Console;
 use super::journal::{Phase, Record};
 use super::slots::Slot;
 use super::{Shared, Step};
-use crate::disk::{BackingFormat, copy_sparse, create_overlay};
+use crate::disk::{BackingFormat, copy_open, copy_sparse, create_overlay};
 use crate::error::{HostError, IoContext as _, Result};
 use crate::guest::GuestClient;
 use crate::layout::{ImageDir, VmDir};
@@ -22,6 +23,7 @@ use crate::memory::{self, FlatImage, Saved};
 use crate::net::{EgressPolicy, LinkTask, UserNet};
 use crate::template::Image;
 use crate::template::store::Manifest;
+use crate::vmm::folder;
 use crate::vmm::qemu::{LaunchSpec, Vm};
 
 /// What a running sandbox holds. Dropping it leaves the VM running.
@@ -32,7 +34,9 @@ pub(crate) struct Running {
     pub(crate) image: Image,
     /// Its number is the VM's as long as this lives.
     _slot: Slot,
-    _wire: Wire,
+    pub(crate) wire: Wire,
+    /// Why its guest, which was stopped for a moment, could not be let go on.
+    pub(crate) stuck: Option<String>,
 }
 
 impl Running {
@@ -40,19 +44,71 @@ impl Running {
     pub(crate) async fn end(self) {
         self.vm.kill().await;
     }
+
+    /// Ends a moment for which the guest was stopped. Its clock stood still with it.
+    async fn go_on(&mut self, shared: &Shared, dir: &VmDir, id: SandboxId) -> Result<()> {
+        match self.vm.go_on(dir).await {
+            Ok(()) => {
+                let guest = self.guest.clone();
+                shared
+                    .tasks
+                    .spawn(async move { tell_time(&guest, id, Duration::from_secs(5)).await });
+                Ok(())
+            }
+            Err(error) => {
+                self.stuck = Some(error.to_string());
+                Err(error)
+            }
+        }
+    }
 }
 
 /// The host's end of a VM's network.
-struct Wire {
+pub(crate) struct Wire {
     net: UserNet,
-    _task: LinkTask,
+    /// `None` while it is broken.
+    task: Option<LinkTask>,
+}
+
+/// A broken wire is connected again this often.
+const RECONNECT: Duration = Duration::from_secs(1);
+
+impl Wire {
+    /// Waits until the wire has to be connected (again). Safe to drop and call again.
+    pub(crate) async fn broken(&mut self) {
+        match &mut self.task {
+            Some(task) => {
+                let end = task.ended().await;
+                self.task = None;
+                tracing::warn!(?end, "a guest's network ended");
+            }
+            None => tokio::time::sleep(RECONNECT).await,
+        }
+    }
 }
 
 /// Connects the host to a VM that is up: console and network.
 async fn attach(shared: &Shared, dir: &VmDir) -> Result<(Console, Wire)> {
     let console = Console::attach(dir).await;
+    Ok((console, wire(shared, dir).await?))
+}
+
+async fn wire(shared: &Shared, dir: &VmDir) -> Result<Wire> {
     let (net, task) = link(dir, shared.policy.clone()).await?;
-    Ok((console, Wire { net, _task: task }))
+    let task = Some(task);
+    Ok(Wire { net, task })
+}
+
+/// Connects a running sandbox's network again. What went over the old connection is lost.
+pub(crate) async fn reconnect(
+    shared: &Shared,
+    dir: &VmDir,
+    record: &Record,
+    running: &mut Running,
+) -> Result<()> {
+    running.wire = wire(shared, dir).await?;
+    running.guest = GuestClient::new(&running.wire.net, &record.token);
+    Ok(())
 }
 
 /// Connects the host to a VM that has not run since its process started.
@@ -177,7 +233,8 @@ pub(crate) async fn greet(
         console,
         image,
         _slot: slot,
-        _wire: wire,
+        wire,
+        stuck: None,
     })
 }
 
@@ -265,22 +322,30 @@ pub(crate) async fn adopt(
     let attached = async {
         let attached = attach(shared, dir).await?;
         // It may have been stopped in the middle of a pause or snapshot that nobody was told of.
-        if !vm.is_running().await? {
-            vm.cont().await?;
+        let stood = !vm.is_running().await?;
+        if stood {
+            vm.go_on(dir).await?;
         }
-        Ok(attached)
+        Ok((attached, stood))
     }
     .await;
     match attached {
-        Ok((console, wire)) => {
+        Ok(((console, wire), stood)) => {
             let guest = GuestClient::new(&wire.net, &record.token);
+            if stood {
+                let (guest, id) = (guest.clone(), record.id);
+                shared
+                    .tasks
+                    .spawn(async move { tell_time(&guest, id, Duration::from_secs(5)).await });
+            }
             Ok(Running {
                 vm,
                 guest,
                 console,
                 image,
                 _slot: slot,
-                _wire: wire,
+                wire,
+                stuck: None,
             })
         }
         Err(error) => {
@@ -304,12 +369,9 @@ pub(crate) async fn save(
         shared.step(Step::Save)?;
         let saved = write_state(dir, record, running).await?;
         shared.step(Step::SaveFinish)?;
-        for (partial, whole) in [
-            (dir.partial_state(), dir.state()),
-            (dir.partial_memory(), dir.memory_diff()),
-        ] {
-            std::fs::rename(&partial, &whole).at("move into place", &whole)?;
-        }
+        folder::take_state(&dir.partial_state(), &dir.state())?;
+        let memory = dir.memory_diff();
+        std::fs::rename(dir.partial_memory(), &memory).at("move into place", &memory)?;
         record.phase = Phase::Paused;
         record.write(dir)?;
         Ok(saved)
@@ -325,9 +387,20 @@ pub(crate) async fn save(
         ] {
             let _ = std::fs::remove_file(leftover);
         }
-        running.vm.cont().await?;
+        running.go_on(shared, dir, record.id).await?;
     }
     outcome
+}
+
+/// What keeps a paused sandbox, for [`crate::disk::sync`].
+pub(crate) fn kept_files(dir: &VmDir) -> Vec<PathBuf> {
+    vec![
+        dir.disk(),
+        dir.state(),
+        dir.memory_diff(),
+        dir.journal(),
+        dir.path().to_path_buf(),
+    ]
 }
 
 /// Writes a stopped guest's device state and changed memory beside the final names.
@@ -341,6 +414,14 @@ async fn write_state(dir: &VmDir, record: &Record, running: &mut Running) -> Res
 
 /// Brings a paused sandbox back. On failure it is as it was, unless its guest had run already.
 pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Record) -> Result<Running> {
+    let outcome = bring_back(shared, dir, record).await;
+    if outcome.is_err() {
+        folder::take_back(&dir.work())?;
+    }
+    outcome
+}
+
+async fn bring_back(shared: &Arc<Shared>, dir: &VmDir, record: &mut Record) -> Result<Running> {
     let image = shared.templates.image_at(&record.image)?;
     shared.check_memory(record.shape, Some(record.id))?;
     let slot = shared.slots.take()?;
@@ -392,25 +473,15 @@ pub(crate) async fn resume(shared: &Arc<Shared>, dir: &VmDir, record: &mut Recor
         let _ = std::fs::remove_file(saved);
     }
     let guest = GuestClient::new(&wire.net, &record.token);
-    // A guest that has broken its own agent is its owner's to repair or destroy: it runs all the same.
-    let clock = InitRequest {
-        timestamp: Some(jiff::Timestamp::now().to_string()),
-        ..Default::default()
-    };
-    match tokio::time::timeout(Duration::from_secs(20), guest.init(&clock)).await {
-        Ok(Ok(())) => {}
-        Ok(Err(error)) => {
-            tracing::warn!(sandbox = %record.id, %error, "a resumed guest did not take the time")
-        }
-        Err(_) => tracing::warn!(sandbox = %record.id, "a resumed guest's agent does not answer"),
-    }
+    tell_time(&guest, record.id, Duration::from_secs(20)).await;
     Ok(Running {
         vm,
         guest,
         console,
         image,
         _slot: slot,
-        _wire: wire,
+        wire,
+        stuck: None,
     })
 }
 
@@ -446,13 +517,13 @@ pub(crate) async fn snapshot(
                     Ok(()) => take_parts(shared, dir, record, running, &image).await,
                     Err(error) => Err(error),
                 };
-                running.vm.cont().await?;
+                running.go_on(shared, dir, record.id).await?;
                 taken?;
             }
             None => {
                 let (from, to) = (dir.clone(), image.clone());
                 blocking(move || {
-                    copy_sparse(&from.disk(), &to.disk())?;
+                    copy_open(&folder::open_file(&from.disk())?, &to.disk())?;
                     copy_sparse(&from.state(), &to.state())?;
                     copy_sparse(&from.memory_diff(), &to.path().join("memory.diff"))
                 })
@@ -488,6 +559,16 @@ pub(crate) async fn snapshot(
             std::fs::create_dir_all(parent).at("create", parent)?;
         }
         std::fs::rename(&work, &target).at("move into place", &target)?;
+        let sealed = ImageDir::new(target.clone());
+        shared.tasks.spawn_blocking(move || {
+            crate::disk::sync(&[
+                sealed.memory(),
+                sealed.disk(),
+                sealed.state(),
+                sealed.manifest(),
+                sealed.path().to_path_buf(),
+            ]);
+        });
         Ok(crate::disk::allocated_bytes(&target.join("memory.img"))
             + crate::disk::allocated_bytes(&target.join(VmDir::DISK)))
     }
@@ -512,11 +593,11 @@ async fn take_parts(
     let moved = match outcome {
         Ok(_) => {
             blocking(move || {
-                // Copies rather than renames across the two owners' folders would cost time in which the guest stands.
-                std::fs::rename(from.partial_state(), to.state()).at("move", to.state())?;
+                folder::take_state(&from.partial_state(), &to.state())?;
+                // A copy would cost time in which the guest stands.
                 let diff = to.path().join("memory.diff");
                 std::fs::rename(from.partial_memory(), &diff).at("move", &diff)?;
-                copy_sparse(&from.disk(), &to.disk())
+                copy_open(&folder::open_file(&from.disk())?, &to.disk())
             })
             .await
         }
@@ -528,6 +609,20 @@ async fn take_parts(
         }
     }
     moved
+}
+
+/// Gives a guest the time after it stood still. One that has broken its own agent is its owner's to repair or destroy:
+/// it runs all the same.
+async fn tell_time(guest: &GuestClient, id: SandboxId, limit: Duration) {
+    let clock = InitRequest {
+        timestamp: Some(jiff::Timestamp::now().to_string()),
+        ..Default::default()
+    };
+    match tokio::time::timeout(limit, guest.init(&clock)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::warn!(sandbox = %id, %error, "a guest did not take the time"),
+        Err(_) => tracing::warn!(sandbox = %id, "a guest's agent does not answer"),
+    }
 }
 
 async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {

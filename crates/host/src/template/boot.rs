@@ -27,20 +27,25 @@ const WARM_UP: [&[&str]; 4] = [
     &["/bin/sync"],
 ];
 
+/// Files in the VM's folder.
+const MEMORY: &str = "memory.img";
+const INITRAMFS: &str = "initramfs.cpio";
+const KERNEL: &str = "vmlinux";
+
 pub(super) struct BootPlan<'a> {
     pub(super) kernel: &'a Kernel,
     pub(super) rootfs: &'a Path,
     pub(super) shape: Shape,
     pub(super) disk_mb: u32,
     pub(super) slot: u32,
-    /// An empty folder that becomes the image.
+    /// An empty folder that becomes the image. The VM works in a folder in it, as a sandbox's does.
     pub(super) work: &'a Path,
     pub(super) default_user: &'a str,
 }
 
 /// Boots, waits for the agent, freezes. On success `work` is a complete image.
 pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress) -> Result<()> {
-    let dir = VmDir::new(plan.work.to_path_buf());
+    let dir = VmDir::create(plan.work.join("boot"))?;
     let image = ImageDir::new(plan.work.to_path_buf());
     create_overlay(
         &dir.disk(),
@@ -48,23 +53,18 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
         plan.rootfs,
         BackingFormat::Raw,
     )?;
-    let memory = image.memory();
+    let place = |name: &str| dir.work().join(name);
+    let memory = place(MEMORY);
     std::fs::File::create(&memory)
         .and_then(|file| file.set_len(u64::from(plan.shape.memory_mb) << 20))
         .at("create", &memory)?;
-    let initrd = plan.work.join("initramfs.cpio");
+    let initrd = place(INITRAMFS);
     let modules = plan.kernel.modules();
     let archive = initramfs::build(ENVD, &initramfs::read_modules(&modules)?);
     std::fs::write(&initrd, archive).at("write", &initrd)?;
     // The cache may be in a place that only the agent can enter, such as root's home.
-    let vmlinux = plan.work.join("vmlinux");
+    let vmlinux = place(KERNEL);
     std::fs::copy(plan.kernel.vmlinux(), &vmlinux).at("copy the kernel to", &vmlinux)?;
-    if let Some(ids) = qemu.vm_ids {
-        for path in [&memory, &initrd, &vmlinux] {
-            std::os::unix::fs::chown(path, Some(ids.first_uid + plan.slot), Some(ids.gid))
-                .at("hand over to the VM's user", path)?;
-        }
-    }
     let cmdline = format!(
         "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 random.trust_cpu=on tsc=reliable {}=/dev/vda {}={}/{} {}={} {}={}",
         cmdline::ROOT,
@@ -87,10 +87,10 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
         slot: plan.slot,
         shape: plan.shape,
         disk_mb: plan.disk_mb,
-        memory: &memory,
+        memory: Path::new(MEMORY),
         boot: Some(BootSource {
-            kernel: &vmlinux,
-            initramfs: &initrd,
+            kernel: Path::new(KERNEL),
+            initramfs: Path::new(INITRAMFS),
             cmdline: &cmdline,
         }),
     };
@@ -109,16 +109,14 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
     };
     vm.kill().await;
     outcome?;
-    for leftover in [
-        VmDir::QMP,
-        VmDir::NET,
-        VmDir::CONSOLE,
-        "initramfs.cpio",
-        "vmlinux",
-        "vmm.log",
+    for (from, to) in [
+        (memory, image.memory()),
+        (dir.disk(), image.disk()),
+        (place(VmDir::STATE), image.state()),
     ] {
-        let _ = std::fs::remove_file(plan.work.join(leftover));
+        std::fs::rename(from, &to).at("move into place", &to)?;
     }
+    std::fs::remove_dir_all(dir.path()).at("remove", dir.path())?;
     Image::seal(
         &image,
         qemu,

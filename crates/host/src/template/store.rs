@@ -3,19 +3,28 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
+use std::time::SystemTime;
 
 use serde::{Deserialize, Serialize};
 use sha2::Digest as _;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use wrenn_proto::id::{TeamId, TemplateId};
 
 use super::boot::{BootPlan, freeze};
 use super::rootfs::Recipe;
 use super::{BuildState, ENVD, Kernel, Progress, fingerprint, rootfs};
 use crate::error::{HostError, IoContext as _, Result};
-use crate::layout::{ImageDir, Layout};
+use crate::layout::{ImageDir, Layout, WorkDir};
 use crate::manager::slots::Slots;
 use crate::vmm::qemu::Qemu;
 use crate::vmm::{Platform, Shape};
+
+/// Images of the built-in template that are kept in other shapes than the usual one, beside those that sandboxes stand
+/// on. Each holds the memory of a booted guest, and anybody may ask for any shape.
+const KEPT_SHAPES: usize = 12;
+/// Shapes that wait to be made at one time; each is a boot of some seconds.
+const WAITING_BUILDS: usize = 8;
 
 /// The user of processes and files when a request names none, in the `minimal` template.
 const DEFAULT_USER: &str = "root";
@@ -150,8 +159,17 @@ pub(crate) struct TemplateStore {
     slots: Arc<Slots>,
     /// State of the built-in template's usual shape, shown to operators.
     pub(crate) minimal: Progress,
-    /// One build at a time for each image; those who come later wait for it.
-    building: Mutex<HashMap<PathBuf, Arc<tokio::sync::Mutex<()>>>>,
+    /// One build at a time: those who come later wait, and may find what they wait for made by then.
+    building: Arc<tokio::sync::Mutex<()>>,
+    /// Builds under way; they end with the agent.
+    builds: TaskTracker,
+    stop: CancellationToken,
+    /// Places to wait in.
+    waiting: Arc<tokio::sync::Semaphore>,
+    /// When images of the built-in template were last started from, as far as this run of the agent knows.
+    used: Mutex<HashMap<PathBuf, SystemTime>>,
+    /// Held while images are taken in or out of use, so that one is not removed while it is found good.
+    marks: Mutex<()>,
 }
 
 impl TemplateStore {
@@ -171,7 +189,12 @@ impl TemplateStore {
             minimal_key,
             slots,
             minimal: Progress::new(),
-            building: Mutex::new(HashMap::new()),
+            building: Arc::default(),
+            builds: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            waiting: Arc::new(tokio::sync::Semaphore::new(WAITING_BUILDS)),
+            used: Mutex::default(),
+            marks: Mutex::default(),
         })
     }
 
@@ -182,44 +205,39 @@ impl TemplateStore {
     };
 
     /// Makes the built-in template's usual image if it is missing, showing its progress.
-    pub(crate) async fn prepare_minimal(&self) {
-        match self.minimal_image(Self::USUAL_SHAPE, &self.minimal).await {
-            Ok(image) => {
-                self.minimal.set(BuildState::Ready {
-                    size_bytes: image.size_bytes(),
-                });
-                self.retire_outdated();
-            }
-            Err(error) => {
-                tracing::error!(
-                    error = &error as &dyn std::error::Error,
-                    "cannot make the template 'minimal'"
-                );
-                self.minimal.set(BuildState::Failed(error.to_string()));
-            }
-        }
+    ///
+    /// # Errors
+    /// Why it could not be made; shown as its state too.
+    pub(crate) async fn prepare_minimal(self: &Arc<Self>) -> Result<()> {
+        self.minimal_image(Self::USUAL_SHAPE).await?;
+        self.retire_outdated();
+        Ok(())
     }
 
     /// Takes images of the built-in template out of use that an earlier version or setting made. They go when their
     /// last sandbox does.
     fn retire_outdated(&self) {
-        let dir = self.layout.template(TeamId::PLATFORM, TemplateId::MINIMAL);
-        for path in children(&dir) {
-            let current = path
-                .file_name()
-                .and_then(|name| name.to_str()?.rsplit_once('-'))
-                .is_some_and(|(_, key)| key == self.minimal_key);
-            let marker = ImageDir::new(path).deleted_marker();
-            if !current && let Err(error) = std::fs::write(&marker, b"") {
-                tracing::warn!(path = %marker.display(), %error, "cannot take an outdated image out of use");
+        let _marks = lock(&self.marks);
+        for path in children(&self.minimal_dir()) {
+            if shape_of(&path, &self.minimal_key).is_none() {
+                take_out_of_use(&path);
             }
         }
     }
 
+    fn minimal_dir(&self) -> PathBuf {
+        self.layout.template(TeamId::PLATFORM, TemplateId::MINIMAL)
+    }
+
     /// The image from which a sandbox of `shape` starts. For the built-in template it is made when missing.
-    pub(crate) async fn image(&self, team: TeamId, template: TemplateId, shape: Shape) -> Result<Image> {
+    pub(crate) async fn image(
+        self: &Arc<Self>,
+        team: TeamId,
+        template: TemplateId,
+        shape: Shape,
+    ) -> Result<Image> {
         if template == TemplateId::MINIMAL && team == TeamId::PLATFORM {
-            return self.minimal_image(shape, &Progress::new()).await;
+            return self.minimal_image(shape).await;
         }
         let path = self.snapshot_path(team, template);
         if !path.is_dir() || ImageDir::new(path.clone()).deleted_marker().exists() {
@@ -265,62 +283,143 @@ impl TemplateStore {
         self.layout.template(team, template).join("image")
     }
 
-    async fn minimal_image(&self, shape: Shape, progress: &Progress) -> Result<Image> {
-        let dir = self.layout.template(TeamId::PLATFORM, TemplateId::MINIMAL);
-        let path = dir.join(format!(
-            "{}x{}-{}",
-            shape.vcpus, shape.memory_mb, self.minimal_key
-        ));
-        let lock = Arc::clone(
-            self.building
-                .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner)
-                .entry(path.clone())
-                .or_default(),
-        );
-        let _one_at_a_time = lock.lock().await;
-        match Image::open(&path, &self.qemu) {
-            Ok(image) => return Ok(image),
-            Err(error) if path.exists() => {
-                tracing::warn!(%error, image = %path.display(), "an image is not usable; making it anew");
-                std::fs::remove_dir_all(&path).at("remove", &path)?;
-            }
-            Err(_) => {}
+    /// The built-in template in a shape, made when there is none.
+    async fn minimal_image(self: &Arc<Self>, shape: Shape) -> Result<Image> {
+        if let Some(image) = self.find_minimal(shape) {
+            return Ok(image);
         }
+        let Ok(place) = Arc::clone(&self.waiting).try_acquire_owned() else {
+            return Err(HostError::NoCapacity(format!(
+                "the template 'minimal' is being prepared in {WAITING_BUILDS} other sizes; try again in a minute, or \
+                 leave vcpus and memory_mb out"
+            )));
+        };
+        let store = Arc::clone(self);
+        // A task of its own: it goes on when the caller hangs up, for the next one.
+        let work = async move {
+            let _place = place;
+            let _one_at_a_time = Arc::clone(&store.building).lock_owned().await;
+            if let Some(image) = store.find_minimal(shape) {
+                return Ok(image);
+            }
+            let usual = shape == Self::USUAL_SHAPE;
+            let progress = if usual {
+                store.minimal.clone()
+            } else {
+                Progress::new()
+            };
+            let made = store.make_minimal(shape, &progress).await;
+            match &made {
+                Ok(image) => progress.set(BuildState::Ready {
+                    size_bytes: image.size_bytes(),
+                }),
+                Err(error) => {
+                    tracing::error!(
+                        error = error as &dyn std::error::Error,
+                        vcpus = shape.vcpus,
+                        memory_mb = shape.memory_mb,
+                        "cannot make the template 'minimal'"
+                    );
+                    progress.set(BuildState::Failed(error.to_string()));
+                }
+            }
+            made
+        };
+        let stop = self.stop.clone();
+        let build = self.builds.spawn(async move {
+            tokio::select! {
+                made = work => made,
+                // What it has made so far ends with the work that is dropped.
+                () = stop.cancelled() => Err(HostError::ShuttingDown),
+            }
+        });
+        build
+            .await
+            .map_err(|error| HostError::Vmm(format!("making the template failed: {error}")))?
+    }
+
+    /// An image of the built-in template in a shape that this host can restore. Others of that shape, which it
+    /// cannot, are taken out of use: sandboxes may stand on them, and perhaps another version can read them.
+    fn find_minimal(&self, shape: Shape) -> Option<Image> {
+        let _marks = lock(&self.marks);
+        for path in children(&self.minimal_dir()) {
+            if shape_of(&path, &self.minimal_key) != Some(shape) {
+                continue;
+            }
+            match Image::open(&path, &self.qemu) {
+                Ok(image) => {
+                    // It may have been outdated in the eyes of another version.
+                    match std::fs::remove_file(image.dir.deleted_marker()) {
+                        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                            tracing::warn!(image = %path.display(), %error, "cannot take an image into use again");
+                            continue;
+                        }
+                        _ => {}
+                    }
+                    if shape == Self::USUAL_SHAPE
+                        && !matches!(*self.minimal.subscribe().borrow(), BuildState::Ready { .. })
+                    {
+                        self.minimal.set(BuildState::Ready {
+                            size_bytes: image.size_bytes(),
+                        });
+                    }
+                    lock(&self.used).insert(path, SystemTime::now());
+                    return Some(image);
+                }
+                Err(error) => {
+                    if !ImageDir::new(path.clone()).deleted_marker().exists() {
+                        tracing::warn!(%error, image = %path.display(), "an image is not usable; another is made");
+                        take_out_of_use(&path);
+                    }
+                }
+            }
+        }
+        None
+    }
+
+    async fn make_minimal(&self, shape: Shape, progress: &Progress) -> Result<Image> {
         let started = std::time::Instant::now();
         let kernel = Kernel::ensure(&self.layout, progress).await?;
         let rootfs = rootfs::ensure(&self.layout, &self.recipe, progress).await?;
         let slot = self.slots.take()?;
-        let work = self
-            .layout
-            .tmp()
-            .join(format!("build-{}", uuid::Uuid::new_v4().simple()));
-        std::fs::create_dir(&work).at("create", &work)?;
+        let name = uuid::Uuid::new_v4().simple().to_string();
+        let work = WorkDir::create(self.layout.tmp().join(format!("build-{name}")))?;
         let plan = BootPlan {
             kernel: &kernel,
             rootfs: &rootfs,
             shape,
             disk_mb: self.recipe.disk_mb,
             slot: slot.number(),
-            work: &work,
+            work: work.path(),
             default_user: DEFAULT_USER,
         };
-        let outcome = freeze(&self.qemu, &plan, progress).await.and_then(|()| {
-            std::fs::create_dir_all(&dir).at("create", &dir)?;
-            std::fs::rename(&work, &path).at("move into place", &path)
-        });
-        if let Err(error) = outcome {
-            let _ = std::fs::remove_dir_all(&work);
-            return Err(error);
+        freeze(&self.qemu, &plan, progress).await?;
+        let dir = self.minimal_dir();
+        std::fs::create_dir_all(&dir).at("create", &dir)?;
+        let Shape { vcpus, memory_mb } = shape;
+        let key = &self.minimal_key;
+        let mut path = dir.join(format!("{vcpus}x{memory_mb}-{key}"));
+        if path.exists() {
+            // One that is out of use has the plain name.
+            path = dir.join(format!("{vcpus}x{memory_mb}-{key}.{}", &name[..8]));
         }
+        work.persist(&path)?;
         tracing::info!(
             template = "minimal",
-            vcpus = shape.vcpus,
-            memory_mb = shape.memory_mb,
+            vcpus,
+            memory_mb,
             seconds = started.elapsed().as_secs_f32(),
             "template image made"
         );
+        lock(&self.used).insert(path.clone(), SystemTime::now());
         Image::open(&path, &self.qemu)
+    }
+
+    /// Ends the builds under way, with all that they have made so far; no other begins.
+    pub(crate) async fn close(&self) {
+        self.stop.cancel();
+        self.builds.close();
+        self.builds.wait().await;
     }
 
     /// Takes a template out of use. Its files go when nothing depends on them any more: see [`Self::collect`].
@@ -335,6 +434,8 @@ impl TemplateStore {
 
     /// Removes images that are out of use and that neither `in_use` nor another image's disk depends on.
     pub(crate) fn collect(&self, in_use: &[PathBuf]) {
+        let _marks = lock(&self.marks);
+        self.bound_shapes(in_use);
         loop {
             let images = self.all_images();
             let parents: Vec<&PathBuf> = images
@@ -369,6 +470,29 @@ impl TemplateStore {
         }
     }
 
+    /// Takes the longest unused shapes of the built-in template out of use when there are too many.
+    fn bound_shapes(&self, in_use: &[PathBuf]) {
+        let used = lock(&self.used);
+        let mut spare: Vec<(SystemTime, PathBuf)> = children(&self.minimal_dir())
+            .into_iter()
+            .filter(|path| {
+                let relative = path.strip_prefix(self.layout.images()).unwrap_or(path);
+                shape_of(path, &self.minimal_key).is_some_and(|shape| shape != Self::USUAL_SHAPE)
+                    && !in_use.iter().any(|image| image == relative)
+                    && !ImageDir::new(path.clone()).deleted_marker().exists()
+            })
+            .map(|path| {
+                let made = || std::fs::metadata(&path).and_then(|meta| meta.modified());
+                let last = used.get(&path).copied().or_else(|| made().ok());
+                (last.unwrap_or(SystemTime::UNIX_EPOCH), path)
+            })
+            .collect();
+        spare.sort();
+        for (_, path) in spare.iter().take(spare.len().saturating_sub(KEPT_SHAPES)) {
+            take_out_of_use(path);
+        }
+    }
+
     fn all_images(&self) -> Vec<Image> {
         children(&self.layout.team_images())
             .iter()
@@ -377,6 +501,32 @@ impl TemplateStore {
             .filter_map(|image| Image::read(&image).ok())
             .collect()
     }
+}
+
+/// The shape in the name of an image of the built-in template (`{vcpus}x{memory_mb}-{key}`, with `.` and a number of its
+/// own when there was one before); `None` for one of another key.
+fn shape_of(path: &Path, key: &str) -> Option<Shape> {
+    let (shape, of) = path.file_name()?.to_str()?.split_once('-')?;
+    if of.split_once('.').map_or(of, |(of, _)| of) != key {
+        return None;
+    }
+    let (vcpus, memory_mb) = shape.split_once('x')?;
+    Some(Shape {
+        vcpus: vcpus.parse().ok()?,
+        memory_mb: memory_mb.parse().ok()?,
+    })
+}
+
+/// Lets an image go when nothing stands on it any more.
+fn take_out_of_use(path: &Path) {
+    let marker = ImageDir::new(path.to_path_buf()).deleted_marker();
+    if let Err(error) = std::fs::write(&marker, b"") {
+        tracing::warn!(path = %marker.display(), %error, "cannot take an image out of use");
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// What is in a folder; nothing when it is not there.
@@ -391,7 +541,7 @@ mod tests {
     use super::*;
     use crate::vmm::{Accelerator, MemoryCgroup};
 
-    fn store(root: &Path) -> TemplateStore {
+    fn store(root: &Path) -> Arc<TemplateStore> {
         let qemu = Qemu {
             binary: "qemu-system-x86_64".into(),
             version: (10, 0, 2),
@@ -401,7 +551,7 @@ mod tests {
             vm_ids: None,
         };
         let layout = Layout::create(&root.join("data"), &root.join("cache")).unwrap();
-        TemplateStore::new(layout, Arc::new(qemu), Slots::new(1), None).unwrap()
+        Arc::new(TemplateStore::new(layout, Arc::new(qemu), Slots::new(1), None).unwrap())
     }
 
     fn image(store: &TemplateStore, key: &str, parent: Option<PathBuf>) -> PathBuf {
@@ -443,6 +593,54 @@ mod tests {
         std::fs::remove_dir_all(above).unwrap();
         store.collect(&[]);
         assert!(current.exists() && !used.exists());
+    }
+
+    #[test]
+    fn shapes_that_nobody_asks_for_any_more_are_let_go() {
+        let root = tempfile::tempdir().unwrap();
+        let store = store(root.path());
+        let dir = store.minimal_dir();
+        let made: Vec<PathBuf> = (0..KEPT_SHAPES + 3)
+            .map(|number| {
+                let path = image(&store, &store.minimal_key.clone(), None);
+                let shaped = dir.join(format!("2x{}-{}", 256 + number, store.minimal_key));
+                std::fs::rename(&path, &shaped).unwrap();
+                let when = SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(number as u64);
+                store.used.lock().unwrap().insert(shaped.clone(), when);
+                shaped
+            })
+            .collect();
+        let usual = image(&store, &store.minimal_key.clone(), None);
+        let oldest = made[0].strip_prefix(store.layout.images()).unwrap().to_path_buf();
+        store.collect(&[oldest]);
+        let there: Vec<bool> = made.iter().map(|path| path.exists()).collect();
+        // The oldest has a sandbox; the next two are over the bound.
+        assert_eq!(there[..4], [true, false, false, true]);
+        assert!(there[3..].iter().all(|there| *there) && usual.exists());
+    }
+
+    #[test]
+    fn an_unusable_image_stays_for_those_who_stand_on_it() {
+        let root = tempfile::tempdir().unwrap();
+        let store = store(root.path());
+        // It has no memory, so it cannot be opened.
+        let damaged = image(&store, &store.minimal_key.clone(), None);
+        let relative = damaged.strip_prefix(store.layout.images()).unwrap().to_path_buf();
+        assert!(store.find_minimal(TemplateStore::USUAL_SHAPE).is_none());
+        store.collect(std::slice::from_ref(&relative));
+        assert!(damaged.exists());
+        store.collect(&[]);
+        assert!(!damaged.exists());
+    }
+
+    #[test]
+    fn names_of_images_are_read() {
+        let shape = |name: &str| shape_of(Path::new(name), "k").map(|shape| (shape.vcpus, shape.memory_mb));
+        assert_eq!(shape("/a/2x256-k"), Some((2, 256)));
+        assert_eq!(shape("2x256-k.0badc0de"), Some((2, 256)));
+        for other in ["2x256-l", "2x256", "2-k", "x-k", "2x256-kk", ""] {
+            assert_eq!(shape(other), None, "{other}");
+        }
     }
 
     #[test]

@@ -4,6 +4,7 @@
 //! A VM goes through phases that are consumed by value, each knowing how to unwind: a directory with a disk
 //! (prepared by the manager) → `qemu::Launched` (process up, memory mapped, nothing runs) → `qemu::Vm` (guest runs).
 
+pub(crate) mod folder;
 pub(crate) mod limits;
 pub mod probe;
 pub(crate) mod process;

@@ -15,6 +15,7 @@ use rustix::fs::{Mode, OFlags};
 use serde_json::json;
 use tokio::net::UnixStream;
 
+use super::folder;
 use super::limits::{Limits, MemoryCgroup};
 use super::process::VmmProcess;
 use super::qmp::Qmp;
@@ -260,7 +261,7 @@ impl Qemu {
             }
         }
         command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
-        command.current_dir(spec.dir.path());
+        command.current_dir(spec.dir.work());
         command
     }
 
@@ -270,7 +271,7 @@ impl Qemu {
     /// After an error nothing is left but the directory's files.
     pub(crate) async fn launch(&self, spec: &LaunchSpec<'_>) -> Result<Launched> {
         if let Some(ids) = self.vm_ids {
-            hand_over(spec.dir, ids.first_uid + spec.slot, ids.gid)?;
+            folder::hand_over(&spec.dir.work(), ids.first_uid + spec.slot, ids.gid)?;
         }
         let log = spec.dir.vmm_log();
         let stderr = std::fs::File::create(&log).at("create a log", &log)?;
@@ -435,7 +436,7 @@ impl Vm {
             }
         }
         // QEMU removes the socket itself, some versions only after a while.
-        let _ = std::fs::remove_file(dir.path().join(VmDir::INCOMING));
+        let _ = std::fs::remove_file(dir.work().join(VmDir::INCOMING));
         Ok(())
     }
 
@@ -462,11 +463,10 @@ impl Vm {
             .await
             .ok();
         self.kill().await;
-        let said = std::fs::read_to_string(dir.vmm_log()).unwrap_or_default();
         let ended = ended.map(|exit| format!("; QEMU ended with {exit}"));
-        let said = match said.trim() {
+        let said = match last_words(dir).as_str() {
             "" => None,
-            said => Some(format!("; QEMU said: {}", tail(said, 600))),
+            said => Some(format!("; QEMU said: {said}")),
         };
         match (ended, said) {
             (None, None) => error,
@@ -481,6 +481,29 @@ impl Vm {
     /// Lets the guest run.
     pub(crate) async fn cont(&mut self) -> Result<()> {
         self.qmp()?.execute("cont", json!({})).await.map(drop)
+    }
+
+    /// Lets a guest go on that was stopped for a moment, over a new control connection if need be.
+    ///
+    /// # Errors
+    /// When it stands still for good.
+    pub(crate) async fn go_on(&mut self, dir: &VmDir) -> Result<()> {
+        let mut outcome = self.cont().await;
+        for _ in 0..2 {
+            if outcome.is_ok() {
+                break;
+            }
+            // QEMU takes a new connection once the old one is closed.
+            self.qmp = None;
+            outcome = match connect_control(&mut self.process, dir).await {
+                Ok(qmp) => {
+                    self.qmp = Some(qmp);
+                    self.cont().await
+                }
+                Err(error) => Err(error),
+            };
+        }
+        outcome
     }
 
     /// Stops the guest between two instructions, after its disk writes in flight.
@@ -534,8 +557,8 @@ pub(crate) async fn connect_in(dir: &VmDir, socket: &str) -> std::io::Result<Uni
     use std::os::fd::AsRawFd as _;
     // A socket address holds 108 bytes; the descriptor's name under /proc is short.
     let directory = rustix::fs::open(
-        dir.path(),
-        OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC,
+        dir.work(),
+        OFlags::PATH | OFlags::NOFOLLOW | OFlags::DIRECTORY | OFlags::CLOEXEC,
         Mode::empty(),
     )?;
     UnixStream::connect(format!("/proc/self/fd/{}/{socket}", directory.as_raw_fd())).await
@@ -561,20 +584,6 @@ async fn connect_control(process: &mut VmmProcess, dir: &VmDir) -> Result<Qmp> {
     Qmp::handshake(stream).await
 }
 
-/// Gives a VM's directory and disk to its user.
-fn hand_over(dir: &VmDir, uid: u32, gid: u32) -> Result<()> {
-    use std::os::unix::fs::PermissionsExt as _;
-    for path in [dir.path().to_path_buf(), dir.disk()] {
-        match std::os::unix::fs::chown(&path, Some(uid), Some(gid)) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => continue,
-            result => result.at("hand over to the VM's user", &path)?,
-        }
-        let mode = if path == dir.path() { 0o700 } else { 0o600 };
-        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).at("protect", &path)?;
-    }
-    Ok(())
-}
-
 fn kvm_group() -> u32 {
     use std::os::unix::fs::MetadataExt as _;
     std::fs::metadata("/dev/kvm").map_or(0, |meta| meta.gid())
@@ -593,6 +602,22 @@ fn parse_version(text: &str) -> Option<(u32, u32, u32)> {
         numbers.next()?.ok()?,
         numbers.next()?.unwrap_or(0),
     ))
+}
+
+/// What QEMU said last on stderr. Its log may be long: a guest has ways to make it complain.
+pub(crate) fn last_words(dir: &VmDir) -> String {
+    use std::os::unix::fs::FileExt as _;
+    const KEEP: usize = 600;
+    let read = || {
+        let file = std::fs::File::open(dir.vmm_log())?;
+        let length = file.metadata()?.len();
+        let start = length.saturating_sub(KEEP as u64 + 4);
+        let mut bytes = vec![0; usize::try_from(length - start).unwrap_or(0)];
+        file.read_exact_at(&mut bytes, start)?;
+        Ok::<_, std::io::Error>(bytes)
+    };
+    let bytes = read().unwrap_or_default();
+    tail(String::from_utf8_lossy(&bytes).trim(), KEEP).to_owned()
 }
 
 /// The last `limit` bytes, from a character's start on.

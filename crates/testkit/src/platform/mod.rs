@@ -20,6 +20,8 @@ pub use leaks::{EmptyGroups, assert_no_vm_below, names};
 const TEMPLATE_LIMIT: Duration = Duration::from_secs(600);
 /// How long an orderly end may take: it saves the memory of what still runs.
 const END_LIMIT: Duration = Duration::from_secs(60);
+/// What a control plane on its own says before its address.
+const SERVING: &str = "Serving ";
 /// Lines of the log that a failing test shows.
 const LOG_TAIL: usize = 60;
 
@@ -120,7 +122,11 @@ pub struct Platform {
     binary: PathBuf,
     envs: Vec<(String, String)>,
     listen: String,
+    /// The whole platform, or its control plane.
     child: Option<Child>,
+    /// The host agent, where it is a process of its own.
+    agent: Option<Child>,
+    apart: bool,
     client: Client,
     groups: EmptyGroups,
 }
@@ -136,6 +142,8 @@ impl Platform {
                 .collect(),
             listen: "127.0.0.1:0".to_owned(),
             child: None,
+            agent: None,
+            apart: false,
             client: Client::new("http://127.0.0.1:1", "wrn_none").expect("a client"),
             groups: EmptyGroups::now(),
         }
@@ -179,6 +187,62 @@ impl Platform {
         platform
     }
 
+    /// Starts a control plane and a host agent as two processes, as in a fleet, and waits until the template is ready.
+    ///
+    /// # Panics
+    /// As [`Self::start`].
+    pub async fn start_apart(binary: impl Into<PathBuf>) -> Self {
+        let mut platform = Self::new(binary, &[]);
+        platform.apart = true;
+        let _first = first_build().await;
+        let issued = platform
+            .command()
+            .args(["control-plane", "--issue-host-token"])
+            .output()
+            .expect("the program starts");
+        assert!(issued.status.success(), "{issued:?}");
+        let token = String::from_utf8(issued.stdout).expect("a token");
+        platform.spawn();
+        let url = eventually("the control plane serves", Duration::from_secs(60), async || {
+            platform.assert_alive();
+            let log = platform.log();
+            let (_, from) = log.rsplit_once(SERVING)?;
+            Some(from.split_once('\n')?.0.to_owned())
+        })
+        .await;
+        let env = std::fs::read_to_string(platform.data_dir().join("local.env")).expect("local.env");
+        let key = env
+            .lines()
+            .find_map(|line| line.strip_prefix("WRENN_API_KEY="))
+            .expect("a key");
+        platform.client = Client::new(&url, key).expect("a client");
+        platform.listen = url.trim_start_matches("http://").to_owned();
+        platform.spawn_agent(Some(token.trim()));
+        platform.wait_ready().await;
+        platform
+    }
+
+    fn spawn_agent(&mut self, token: Option<&str>) {
+        let url = format!("http://{}", self.listen);
+        let mut args = vec!["host-agent", "--control-plane", &url];
+        args.extend(["--agent-listen", "127.0.0.1:0", "--on-exit", "pause"]);
+        if let Some(token) = token {
+            args.extend(["--token", token]);
+        }
+        self.agent = Some(self.run(&args));
+    }
+
+    /// Ends the host agent of a platform that was started apart without a chance to do anything, and starts it again.
+    ///
+    /// # Panics
+    /// When there is none.
+    pub fn crash_agent(&mut self) {
+        let mut agent = self.agent.take().expect("a host agent of its own");
+        agent.kill().expect("it can be killed");
+        agent.wait().expect("it ends");
+        self.spawn_agent(None);
+    }
+
     /// The program with this platform's settings and none of the surroundings'.
     #[must_use]
     pub fn command(&self) -> Command {
@@ -202,15 +266,20 @@ impl Platform {
     }
 
     fn spawn(&mut self) {
+        let role = if self.apart { "control-plane" } else { "up" };
+        self.child = Some(self.run(&[role, "--listen", &self.listen]));
+    }
+
+    fn run(&self, args: &[&str]) -> Child {
         let log = std::fs::File::options()
             .create(true)
             .append(true)
             .open(self.log_path())
             .expect("a log");
         let mut command = self.command();
-        command.args(["up", "--listen", &self.listen]);
+        command.args(args);
         command.stdout(log.try_clone().expect("a log")).stderr(log);
-        self.child = Some(command.spawn().expect("the program starts"));
+        command.spawn().expect("the program starts")
     }
 
     /// Starts the program and ends it as soon as its log shows a text, and asserts that nothing is left of what it was
@@ -268,7 +337,8 @@ impl Platform {
     /// As [`Self::start`].
     pub async fn restart(&mut self) {
         assert!(self.child.is_none(), "the platform runs");
-        let starts = |log: &str| log.matches("Wrenn serves").count();
+        let text = if self.apart { SERVING } else { "Wrenn serves" };
+        let starts = |log: &str| log.matches(text).count();
         let before = starts(&self.log());
         self.spawn();
         // The database remembers a ready template, so that alone does not tell that the host is back.
@@ -295,7 +365,20 @@ impl Platform {
     /// # Panics
     /// When it does not run, or does not end in time.
     pub async fn terminate(&mut self) -> ExitStatus {
-        let mut child = self.child.take().expect("the platform runs");
+        // It tells the control plane what its end does.
+        if let Some(agent) = self.agent.take() {
+            let status = self.end(agent).await;
+            assert!(
+                status.success(),
+                "the host agent ended with {status}:\n{}",
+                self.log_tail()
+            );
+        }
+        let child = self.child.take().expect("the platform runs");
+        self.end(child).await
+    }
+
+    async fn end(&self, mut child: Child) -> ExitStatus {
         signal(child.id(), Signal::TERM);
         let start = Instant::now();
         loop {
@@ -454,7 +537,7 @@ impl Platform {
 impl Drop for Platform {
     fn drop(&mut self) {
         let data = self.data_dir();
-        if let Some(mut child) = self.child.take() {
+        for mut child in self.agent.take().into_iter().chain(self.child.take()) {
             let _ = child.kill();
             let _ = child.wait();
         }

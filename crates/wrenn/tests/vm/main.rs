@@ -10,6 +10,7 @@ mod egress;
 mod exec;
 mod faults;
 mod files;
+mod fleet;
 mod hostile;
 mod life;
 mod restart;

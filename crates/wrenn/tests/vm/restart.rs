@@ -200,7 +200,7 @@ async fn a_journal_that_cannot_be_read_costs_no_file() {
         wait_status(sandbox, SandboxStatus::Error).await;
         let failure = sandbox.get().await.expect("its record").error.expect("a failure");
         assert!(failure.message.contains("journal"), "{failure:?}");
-        assert!(folder(sandbox).join("disk.qcow2").exists(), "its disk is kept");
+        assert!(folder(sandbox).join("vm/disk.qcow2").exists(), "its disk is kept");
     }
     // Destroyed, one of them takes its machine along, which no journal names.
     running.destroy_and_wait().await.expect("destroy");

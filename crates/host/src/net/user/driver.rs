@@ -66,16 +66,26 @@ where
         ping_places: Arc::new(Semaphore::new(MAX_PINGS)),
         dirty: Vec::new(),
     };
+    let closes = Closes(Arc::clone(&driver.shared));
     let end = driver.serve(&mut from, &mut writer).await;
-    driver.shared.cancel.cancel();
-    let left = driver.shared.table().close();
-    for flow in left {
-        flow.cut();
-    }
+    drop(closes);
     driver.tasks.shutdown().await;
     writer.shutdown().await;
     tracing::debug!(?end, "a guest's link ended");
     end
+}
+
+/// Closes everything that went over the link when it ends, and if by a panic: nobody may wait for it for ever.
+struct Closes(Arc<Shared>);
+
+impl Drop for Closes {
+    fn drop(&mut self) {
+        self.0.cancel.cancel();
+        let left = self.0.table().close();
+        for flow in left {
+            flow.cut();
+        }
+    }
 }
 
 impl Driver {
