@@ -4,7 +4,8 @@ use std::time::{Duration, Instant};
 
 use reqwest::Method;
 use wrenn_proto::rest::{
-    CreateSandbox, Exec, ExecResult, ExecStarted, Metrics, Process, ProcessList, Sandbox, SandboxStatus,
+    Console, CreateSandbox, Exec, ExecResult, ExecStarted, Metrics, Process, ProcessList, Sandbox,
+    SandboxStatus,
 };
 
 use crate::client::{CALL_TIMEOUT, Client, Retry};
@@ -489,6 +490,19 @@ impl SandboxHandle {
             .query(&[("range", range)])
             .timeout(CALL_TIMEOUT);
         self.client.json(request, Retry::Reads).await
+    }
+
+    /// The last lines of its serial console.
+    ///
+    /// # Errors
+    /// As of any call; [`Error::NotFound`] once it was destroyed.
+    pub async fn console(&self) -> Result<String> {
+        let request = self
+            .client
+            .request(Method::GET, &["v1", "sandboxes", &self.id, "console"])
+            .timeout(CALL_TIMEOUT);
+        let answer: Console = self.client.json(request, Retry::Reads).await?;
+        Ok(answer.console)
     }
 }
 

@@ -703,6 +703,23 @@ async fn snapshots_become_templates() {
     }
 }
 
+#[tokio::test]
+async fn a_console_is_read_where_it_is() {
+    let mut world = World::new().await;
+    let sandbox = world.sandbox().await;
+    let path = format!("/v1/sandboxes/{sandbox}/console");
+    let (status, body) = world.get(&path).await;
+    assert_eq!((status, &body["console"]), (200, &json!("a guest's last words")));
+    let (status, body) = world.get(&path.replace("sandboxes", "capsules")).await;
+    assert_eq!((status, &body["console"]), (200, &json!("a guest's last words")));
+    // Its host forgot it: there is nothing to read, and the monitor will say so.
+    world.host.with(|model| model.sandboxes.clear());
+    assert_eq!(world.get(&path).await, (200, json!({"console": ""})));
+    world.host.disconnect();
+    let (status, body) = world.get(&path).await;
+    assert_eq!((status, code(&body)), (503, "host_unavailable"), "{body}");
+}
+
 /// What has lost its name is removed by whichever pass comes first: one that was woken, or the one asked for here.
 async fn one_snapshot_is_left(world: &World) {
     eventually("the one without a name is gone", DEADLINE, async || {

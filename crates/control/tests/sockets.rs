@@ -49,6 +49,10 @@ impl Socket {
     async fn frame(&mut self) -> Value {
         loop {
             let message = self.next().await;
+            // A silent program's stream shows that it is alive.
+            if matches!(message, Message::Ping(_)) {
+                continue;
+            }
             let Message::Text(text) = message else {
                 panic!("not text: {message:?}")
             };
@@ -60,7 +64,10 @@ impl Socket {
     }
 
     async fn closed(&mut self) {
-        let message = self.next().await;
+        let mut message = self.next().await;
+        while matches!(message, Message::Ping(_)) {
+            message = self.next().await;
+        }
         let Message::Close(Some(frame)) = message else {
             panic!("not a close frame: {message:?}")
         };
@@ -311,6 +318,22 @@ async fn a_client_that_does_not_read_stops_the_program() {
     while produced() <= last {
         socket.frame().await;
     }
+}
+
+#[tokio::test]
+async fn a_silent_program_is_shown_to_be_alive() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    let mut socket = open(&world, &format!("/v1/sandboxes/{sandbox}/exec/stream")).await;
+    let start = json!({"type": "start", "cmd": "cat", "stdin": true});
+    socket.send(start).await;
+    assert_eq!(socket.frame().await["type"], "start");
+    for _ in 0..2 {
+        let message = socket.next().await;
+        assert!(matches!(message, Message::Ping(_)), "{message:?}");
+    }
+    socket.send(json!({"type": "eof"})).await;
+    assert_eq!(socket.frame().await["type"], "exit");
 }
 
 #[tokio::test]

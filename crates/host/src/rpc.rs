@@ -180,7 +180,15 @@ impl HostAgent for Service {
         _: RequestContext,
         request: ServiceRequest<'_, GetSandboxRequest>,
     ) -> ServiceResult<impl Encodable<SandboxResponse> + Send + use<'a>> {
-        answer(&self.manager.get(id(request.sandbox_id, "sandbox_id")?)?)
+        let id = id(request.sandbox_id, "sandbox_id")?;
+        let mut sandbox = sandbox(&self.manager.get(id)?);
+        if sandbox.console_tail.is_empty() {
+            sandbox.console_tail = self.manager.console(id);
+        }
+        Response::ok(SandboxResponse {
+            sandbox: sandbox.into(),
+            ..Default::default()
+        })
     }
 
     async fn list_sandboxes<'a>(
@@ -231,11 +239,12 @@ impl HostAgent for Service {
                 }
             };
             if limit.is_some() {
-                // The guest's time limit ends with the stream that carries it: keep that open.
-                self.manager
-                    .shared
-                    .tasks
-                    .spawn(async move { while events.next().await.is_some_and(|event| event.is_ok()) {} });
+                // The guest's time limit ends with the stream that carries it: keep that open, but not the agent's end up.
+                let ending = self.manager.shared.ending.clone();
+                self.manager.shared.tasks.spawn(async move {
+                    let followed = async { while events.next().await.is_some_and(|event| event.is_ok()) {} };
+                    ending.run_until_cancelled(followed).await;
+                });
             }
             return Response::ok(ExecResponse {
                 pid,

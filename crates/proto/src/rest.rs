@@ -370,6 +370,12 @@ body! {
         pub created_at: Timestamp,
     }
 
+    /// Answer to `GET /v1/sandboxes/{id}/console`.
+    pub struct Console {
+        /// The last lines, as text; empty when nothing was written to it.
+        pub console: String,
+    }
+
     /// Answer to `GET /v1/sandboxes/{id}/metrics`.
     pub struct Metrics {
         /// The sandbox.

@@ -48,6 +48,7 @@ fn sandbox_routes() -> OpenApiRouter<Services> {
         .routes(routes!(sandboxes::pause))
         .routes(routes!(sandboxes::resume))
         .routes(routes!(sandboxes::metrics))
+        .routes(routes!(sandboxes::console))
         .routes(routes!(processes::exec))
         .routes(routes!(processes::list))
         .routes(routes!(processes::kill))

@@ -6,7 +6,7 @@ use axum::Json;
 use axum::extract::{OriginalUri, State};
 use axum::http::StatusCode;
 use serde::Deserialize;
-use wrenn_proto::rest::{CreateSandbox, ErrorBody, Metrics, MetricsPoint, Sandbox, SandboxStatus};
+use wrenn_proto::rest::{Console, CreateSandbox, ErrorBody, Metrics, MetricsPoint, Sandbox, SandboxStatus};
 
 use super::convert;
 use super::error::ApiResult;
@@ -224,6 +224,25 @@ pub(crate) async fn resume(
 
 fn capsule_wait(uri: &axum::http::Uri) -> Option<Duration> {
     uri.path().starts_with("/v1/capsules/").then_some(CAPSULE_WAIT)
+}
+
+/// Get the last lines of a sandbox's serial console: what its kernel and init said.
+///
+/// Of one that runs or is paused since its host started to read; of one that failed, those right before.
+#[utoipa::path(get, operation_id = "sandbox_console", path = "/{id}/console", tag = "sandboxes",
+    params(("id" = String, Path, description = "`sb-{uuid}`")), security(("api_key" = []), ("session" = [])), responses(
+    (status = 200, body = Console),
+    (status = 401, body = ErrorBody, description = "`unauthorized`"),
+    (status = 403, body = ErrorBody, description = "`forbidden`: a session in no active team"),
+    (status = 404, body = ErrorBody, description = "`not_found`: also when it was destroyed"),
+    (status = 503, body = ErrorBody, description = "`host_unavailable`")))]
+pub(crate) async fn console(
+    State(services): State<Services>,
+    Caller(caller): Caller,
+    Segments(id): Segments<String>,
+) -> ApiResult<Json<Console>> {
+    let console = services.console(caller, &id).await?;
+    Ok(Json(Console { console }))
 }
 
 /// Which samples to return.

@@ -300,6 +300,34 @@ impl Services {
         Ok((sandbox, answer.into_owned().points))
     }
 
+    /// The last lines of a sandbox's console.
+    pub async fn console(&self, principal: Principal, id: &str) -> Result<String> {
+        let sandbox = self.sandbox(principal, id).await?;
+        match sandbox.status {
+            SandboxStatus::Stopped | SandboxStatus::Stopping => return Err(Error::not_found("sandbox", id)),
+            SandboxStatus::Pending => return Ok(String::new()),
+            SandboxStatus::Error => {
+                let kept = sandbox.failure.and_then(|failure| failure.console);
+                return Ok(kept.unwrap_or_default());
+            }
+            _ => {}
+        }
+        let request = hostagent::GetSandboxRequest {
+            sandbox_id: sandbox.id.to_string(),
+            ..Default::default()
+        };
+        let client = self.client_of(&sandbox).await?;
+        match client.get_sandbox_with_options(request, self.short()).await {
+            Ok(answer) => {
+                let report = answer.into_owned().sandbox.into_option();
+                Ok(report.map_or_else(String::new, |report| rpc::text(&report.console_tail)))
+            }
+            // It has not begun there.
+            Err(error) if error.code == connectrpc::ErrorCode::NotFound => Ok(String::new()),
+            Err(error) => Err(rpc::error(error)),
+        }
+    }
+
     /// Options of a short RPC.
     pub(crate) fn short(&self) -> connectrpc::client::CallOptions {
         connectrpc::client::CallOptions::default().with_timeout(self.config.timings.short_rpc)

@@ -229,7 +229,11 @@ impl ProcessTable {
     pub(super) async fn finish(&self, process: &Process, exit: Exit) {
         let subscribers = {
             let mut tables = lock(&self.0);
-            tables.running.remove(&process.id());
+            // The kernel may have given its number away already, to one that runs.
+            let same = |other: &Arc<Process>| std::ptr::eq(Arc::as_ptr(other), process);
+            if tables.running.get(&process.id()).is_some_and(same) {
+                tables.running.remove(&process.id());
+            }
             tables.ended.push_back(EndedProcess {
                 pid: process.id(),
                 tag: process.tag.clone(),

@@ -158,12 +158,8 @@ impl GuestClient {
     }
 
     pub(crate) async fn list_processes(&self) -> Result<Vec<host::ProcessInfo>> {
-        let list = self
-            .inner
-            .process
-            .list(envd::ListRequest::default())
-            .await
-            .map_err(rpc_error)?
+        let list = begins(self.inner.process.list(envd::ListRequest::default()))
+            .await?
             .into_owned();
         Ok(list
             .processes
@@ -197,12 +193,7 @@ impl GuestClient {
             signal: signal.into(),
             ..Default::default()
         };
-        self.inner
-            .process
-            .send_signal(request)
-            .await
-            .map_err(rpc_error)
-            .map(drop)
+        begins(self.inner.process.send_signal(request)).await.map(drop)
     }
 
     pub(crate) async fn input(
@@ -246,12 +237,7 @@ impl GuestClient {
             .into(),
             ..Default::default()
         };
-        self.inner
-            .process
-            .update(request)
-            .await
-            .map_err(rpc_error)
-            .map(drop)
+        begins(self.inner.process.update(request)).await.map(drop)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The guest's serial console: its last lines, for the case that the VM dies.
+//! The guest's serial console: its last lines, for whoever asks, and for the case that the VM dies.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,27 +12,28 @@ use crate::vmm::qemu::connect_in;
 /// Bytes kept. A guest may write without end; nothing else of it is stored.
 const KEEP: usize = 8 << 10;
 
+/// The last bytes of a console. Cheap to clone.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Tail(Arc<Mutex<VecDeque<u8>>>);
+
 /// Reads a VM's console for as long as it lives.
 #[derive(Debug)]
 pub(crate) struct Console {
-    kept: Arc<Mutex<VecDeque<u8>>>,
+    kept: Tail,
     _reader: Option<AbortOnDropHandle<()>>,
 }
 
 impl Console {
     /// Connects to the console of a VM that is up. A console that cannot be read costs the VM nothing.
     pub(crate) async fn attach(dir: &VmDir) -> Self {
-        let kept = Arc::new(Mutex::new(VecDeque::new()));
+        let kept = Tail::default();
         let reader = match connect_in(dir, VmDir::CONSOLE).await {
             Ok(mut stream) => {
-                let kept = Arc::clone(&kept);
+                let kept = kept.clone();
                 Some(AbortOnDropHandle::new(tokio::spawn(async move {
                     let mut buffer = [0; 4096];
                     while let Ok(count @ 1..) = stream.read(&mut buffer).await {
-                        let mut kept = kept.lock().unwrap_or_else(PoisonError::into_inner);
-                        kept.extend(&buffer[..count]);
-                        let excess = kept.len().saturating_sub(KEEP);
-                        kept.drain(..excess);
+                        kept.push(&buffer[..count]);
                     }
                 })))
             }
@@ -47,10 +48,29 @@ impl Console {
         }
     }
 
-    /// The last lines as text, with control characters other than line ends left out.
+    /// What is kept of it, now and later.
+    pub(crate) fn kept(&self) -> Tail {
+        self.kept.clone()
+    }
+
+    /// The last lines as text.
     pub(crate) fn tail(&self) -> String {
+        self.kept.text()
+    }
+}
+
+impl Tail {
+    fn push(&self, bytes: &[u8]) {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.extend(bytes);
+        let excess = kept.len().saturating_sub(KEEP);
+        kept.drain(..excess);
+    }
+
+    /// The last lines as text, with control characters other than line ends left out.
+    pub(crate) fn text(&self) -> String {
         let kept: Vec<u8> = self
-            .kept
+            .0
             .lock()
             .unwrap_or_else(PoisonError::into_inner)
             .iter()

@@ -9,6 +9,7 @@ use wrenn_proto::id::{TeamId, TemplateId};
 use wrenn_proto::rest::SandboxStatus;
 
 use super::activity::Activity;
+use super::console::Tail;
 use super::journal::{Phase, Record};
 use super::metrics::Samples;
 use super::vm::{self, Running};
@@ -71,6 +72,7 @@ pub(crate) struct Handle {
     pub(crate) guest: watch::Receiver<Option<GuestClient>>,
     pub(crate) activity: Arc<Activity>,
     pub(crate) samples: Arc<Samples>,
+    pub(crate) console: watch::Receiver<Tail>,
 }
 
 enum Life {
@@ -88,6 +90,7 @@ pub(crate) struct Driver {
     guest: watch::Sender<Option<GuestClient>>,
     activity: Arc<Activity>,
     samples: Arc<Samples>,
+    console: watch::Sender<Tail>,
     requests: mpsc::Receiver<Request>,
 }
 
@@ -104,14 +107,17 @@ pub(crate) enum Origin {
 impl Driver {
     /// Starts the task of a sandbox.
     pub(crate) fn start(shared: Arc<Shared>, dir: VmDir, record: Record, origin: Origin) -> Handle {
+        let mut console = Tail::default();
         let (life, guest, state) = match origin {
             Origin::Running(running) => {
                 let guest = running.guest.clone();
+                console = running.console.kept();
                 (Life::Running(running), Some(guest), SandboxStatus::Running)
             }
             Origin::Paused => (Life::Paused, None, SandboxStatus::Paused),
             Origin::Error => (Life::Error, None, SandboxStatus::Error),
         };
+        let console = watch::Sender::new(console);
         let (requests_tx, requests) = mpsc::channel(64);
         let view = watch::Sender::new(View {
             record: record.clone(),
@@ -126,6 +132,7 @@ impl Driver {
             guest: guest.subscribe(),
             activity: Arc::clone(&activity),
             samples: Arc::clone(&samples),
+            console: console.subscribe(),
         };
         let driver = Self {
             shared: Arc::clone(&shared),
@@ -136,6 +143,7 @@ impl Driver {
             guest,
             activity,
             samples,
+            console,
             requests,
         };
         shared.tasks.spawn(driver.run());
@@ -334,6 +342,7 @@ impl Driver {
                 self.activity.touch();
                 self.record.last_active_at_ms = self.activity.last_ms();
                 self.guest.send_replace(Some(running.guest.clone()));
+                self.console.send_replace(running.console.kept());
                 self.life = Life::Running(Box::new(running));
                 self.publish(SandboxStatus::Running);
                 Ok(())

@@ -114,6 +114,8 @@ pub(crate) struct Shared {
     pub(crate) policy: EgressPolicy,
     pub(crate) capacity: Capacity,
     pub(crate) tasks: TaskTracker,
+    /// Cancelled when the agent ends: what only waits for guests ends with it.
+    pub(crate) ending: CancellationToken,
     /// Creates under way; closed when the agent ends.
     creates: TaskTracker,
     pool: pool::Pool,
@@ -321,6 +323,7 @@ impl Manager {
             policy,
             capacity,
             tasks: TaskTracker::new(),
+            ending: CancellationToken::new(),
             creates: TaskTracker::new(),
             pool: pool::Pool::new(pool),
             fault,
@@ -619,6 +622,14 @@ impl Manager {
         }
     }
 
+    /// The last lines of a sandbox's console, also of one that is paused; of one that died they are in its record.
+    pub(crate) fn console(&self, id: SandboxId) -> String {
+        match self.handle(id) {
+            Ok(handle) => handle.console.borrow().text(),
+            Err(_) => String::new(),
+        }
+    }
+
     pub(crate) fn list(&self) -> Vec<View> {
         self.shared.sandboxes().values().map(Entry::view).collect()
     }
@@ -695,6 +706,7 @@ impl Manager {
                 told(done, running);
             }
         }
+        self.shared.ending.cancel();
         self.shared.tasks.close();
         self.shared.tasks.wait().await;
         self.shared.pool.drain();

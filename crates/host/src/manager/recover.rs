@@ -5,13 +5,20 @@ use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use futures::StreamExt as _;
+use wrenn_proto::id::SandboxId;
+use wrenn_proto::rest::SandboxStatus;
+
 use super::driver::{Driver, Origin};
 use super::journal::{Phase, Record};
 use super::{Entry, Event, Manager, vm};
-use crate::error::{IoContext as _, Result};
+use crate::error::{HostError, IoContext as _, Result};
 use crate::layout::VmDir;
 use crate::vmm::folder;
 use crate::vmm::process::{ProcessId, VmmProcess, processes};
+
+/// Sandboxes taken up at a time.
+const TAKEN_UP_AT_ONCE: usize = 8;
 
 impl Manager {
     /// Brings the sandboxes of an earlier agent back under care. Call once, before serving.
@@ -57,55 +64,18 @@ impl Manager {
             .collect();
         end_strays(shared.layout.data(), &keep, &spared).await;
         let mut counts = (0, 0, 0);
-        for (dir, mut record) in found {
-            if let Err(error) = record.upgrade(&dir) {
-                tracing::error!(sandbox = %record.id, error = &error as &dyn std::error::Error, "cannot renew its folder");
+        // Several at a time: one whose process hangs takes its time to be given up.
+        let mut taken_up = futures::stream::iter(found)
+            .map(|(dir, record)| self.take_up(dir, record))
+            .buffer_unordered(TAKEN_UP_AT_ONCE);
+        while let Some(state) = taken_up.next().await {
+            match state {
+                SandboxStatus::Running => counts.0 += 1,
+                SandboxStatus::Paused => counts.1 += 1,
+                _ => counts.2 += 1,
             }
-            let (origin, reason) = match record.phase.clone() {
-                Phase::Running { process, slot, vm } => {
-                    match self.adopt(&dir, &record, process, slot, &vm).await {
-                        Ok(running) => {
-                            counts.0 += 1;
-                            (Origin::Running(Box::new(running)), Some("adopted"))
-                        }
-                        Err(error) => {
-                            record.phase = Phase::Error {
-                                message: error.to_string(),
-                                console: String::new(),
-                            };
-                            // Of one sandbox; the others are to be served.
-                            if let Err(error) = record.write(&dir) {
-                                tracing::error!(sandbox = %record.id, error = &error as &dyn std::error::Error, "journal");
-                            }
-                            counts.2 += 1;
-                            (Origin::Error, Some("vmm_exited"))
-                        }
-                    }
-                }
-                Phase::Error { .. } => {
-                    counts.2 += 1;
-                    (Origin::Error, None)
-                }
-                Phase::Paused | Phase::Starting => {
-                    counts.1 += 1;
-                    (Origin::Paused, None)
-                }
-            };
-            if !matches!(origin, Origin::Running(_))
-                && let Err(error) = folder::take_back(&dir.work())
-            {
-                tracing::error!(sandbox = %record.id, error = &error as &dyn std::error::Error, "cannot take a folder back");
-            }
-            let id = record.id;
-            let handle = Driver::start(Arc::clone(shared), dir, record, origin);
-            if let Some(reason) = reason {
-                shared.emit(Event {
-                    view: handle.view.borrow().clone(),
-                    reason,
-                });
-            }
-            shared.sandboxes().insert(id, Entry::Live(handle));
         }
+        drop(taken_up);
         self.clear_work()?;
         shared.collect_images();
         if counts != (0, 0, 0) {
@@ -117,6 +87,51 @@ impl Manager {
             );
         }
         Ok(())
+    }
+
+    /// Brings one sandbox with a journal back under care.
+    async fn take_up(&self, dir: VmDir, mut record: Record) -> SandboxStatus {
+        let shared = &self.shared;
+        let complain = |error: &HostError, id: SandboxId, what: &str| {
+            tracing::error!(sandbox = %id, error = error as &dyn std::error::Error, "{what}");
+        };
+        if let Err(error) = record.upgrade(&dir) {
+            complain(&error, record.id, "cannot renew a sandbox's folder");
+        }
+        let (origin, reason) = match record.phase.clone() {
+            Phase::Running { process, slot, vm } => {
+                match self.adopt(&dir, &record, process, slot, &vm).await {
+                    Ok(running) => (Origin::Running(Box::new(running)), Some("adopted")),
+                    Err(error) => {
+                        record.phase = Phase::Error {
+                            message: error.to_string(),
+                            console: String::new(),
+                        };
+                        // Of one sandbox; the others are to be served.
+                        if let Err(error) = record.write(&dir) {
+                            complain(&error, record.id, "cannot write a journal");
+                        }
+                        (Origin::Error, Some("vmm_exited"))
+                    }
+                }
+            }
+            Phase::Error { .. } => (Origin::Error, None),
+            Phase::Paused | Phase::Starting => (Origin::Paused, None),
+        };
+        if !matches!(origin, Origin::Running(_))
+            && let Err(error) = folder::take_back(&dir.work())
+        {
+            complain(&error, record.id, "cannot take a folder back");
+        }
+        let id = record.id;
+        let handle = Driver::start(Arc::clone(shared), dir, record, origin);
+        let view = handle.view.borrow().clone();
+        let state = view.state;
+        if let Some(reason) = reason {
+            shared.emit(Event { view, reason });
+        }
+        shared.sandboxes().insert(id, Entry::Live(handle));
+        state
     }
 
     /// Removes what was cut off in the middle: files of template builds and of the pool. Call when no task is left.
@@ -161,7 +176,7 @@ impl Manager {
             .shared
             .slots
             .take_exactly(slot)
-            .ok_or_else(|| crate::error::HostError::Vmm("its place is another sandbox's".to_owned()))?;
+            .ok_or_else(|| HostError::Vmm("its place is another sandbox's".to_owned()))?;
         vm::adopt(&self.shared, dir, record, process, name, slot).await
     }
 

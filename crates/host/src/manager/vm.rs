@@ -531,6 +531,7 @@ pub(crate) async fn snapshot(
             }
         }
         shared.step(Step::SnapshotFinish)?;
+        let parent = shorten(shared, record, &image).await?;
         let (from, to) = (base.dir.memory(), image.memory());
         let diff = image.path().join("memory.diff");
         blocking(move || {
@@ -552,7 +553,7 @@ pub(crate) async fn snapshot(
             token: record.token.clone(),
             default_user: base.manifest.default_user.clone(),
             kernel: base.manifest.kernel.clone(),
-            parent: Some(record.image.clone()),
+            parent: Some(parent),
         };
         Image::seal(&image, &shared.qemu, manifest)?;
         if let Some(parent) = target.parent() {
@@ -577,6 +578,30 @@ pub(crate) async fn snapshot(
         let _ = std::fs::remove_dir_all(&work);
     }
     outcome
+}
+
+/// Disks that may lie above each other: each costs every later start an open file, and every read a look.
+const MAX_CHAIN: usize = 8;
+
+/// Puts a new image's disk on the lowest one of its chain when there are many between. Returns the image that it stands
+/// on.
+async fn shorten(shared: &Shared, record: &Record, image: &ImageDir) -> Result<PathBuf> {
+    let chain = shared.templates.chain(&record.image)?;
+    let Some(lowest) = chain.last().filter(|_| chain.len() >= MAX_CHAIN) else {
+        return Ok(record.image.clone());
+    };
+    let backing = shared.templates.image_at(lowest)?.dir.disk();
+    let slot = shared.slots.take()?;
+    let dir = VmDir::create(image.path().join("rebase"))?;
+    std::fs::rename(image.disk(), dir.disk()).at("move", image.disk())?;
+    shared
+        .qemu
+        .rebase(&dir, slot.number(), &backing, record.disk_mb)
+        .await?;
+    let disk = folder::open_file(&dir.disk())?;
+    copy_open(&disk, &image.disk())?;
+    std::fs::remove_dir_all(dir.path()).at("remove", dir.path())?;
+    Ok(lowest.clone())
 }
 
 /// The part of a snapshot for which the guest must stand still.

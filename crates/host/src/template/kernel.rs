@@ -156,7 +156,7 @@ pub fn tool_path() -> std::ffi::OsString {
 }
 
 /// Runs a program to its end and returns its output; on failure its last words.
-pub(super) async fn run(program: &'static str, command: &mut Command) -> Result<String> {
+pub(crate) async fn run(program: &'static str, command: &mut Command) -> Result<String> {
     let mut child = Group::spawn(
         program,
         command

@@ -16,6 +16,7 @@ mod kernel;
 mod rootfs;
 pub(crate) mod store;
 
+pub(crate) use kernel::run;
 pub use kernel::{Kernel, tool_path};
 pub(crate) use store::{Image, TemplateStore};
 

@@ -26,6 +26,9 @@ const KEPT_SHAPES: usize = 12;
 /// Shapes that wait to be made at one time; each is a boot of some seconds.
 const WAITING_BUILDS: usize = 8;
 
+/// Disks above each other, at the very most.
+const LONGEST_CHAIN: usize = 64;
+
 /// The user of processes and files when a request names none, in the `minimal` template.
 const DEFAULT_USER: &str = "root";
 
@@ -268,6 +271,22 @@ impl TemplateStore {
             return Err(HostError::TemplateNotReady("its path is damaged".to_owned()));
         }
         Image::open(&self.layout.images().join(relative), &self.qemu)
+    }
+
+    /// The images whose disks lie above each other, from this one down to the one that stands on none.
+    pub(crate) fn chain(&self, relative: &Path) -> Result<Vec<PathBuf>> {
+        let mut chain = vec![relative.to_path_buf()];
+        while let Some(last) = chain.last()
+            && chain.len() < LONGEST_CHAIN
+        {
+            match Image::read(&self.layout.images().join(last))?.manifest.parent {
+                Some(parent) => chain.push(parent),
+                None => return Ok(chain),
+            }
+        }
+        Err(HostError::TemplateNotReady(format!(
+            "it stands on more than {LONGEST_CHAIN} others"
+        )))
     }
 
     pub(crate) fn relative(&self, image: &Image) -> PathBuf {

@@ -155,24 +155,12 @@ impl Qemu {
     fn command(&self, spec: &LaunchSpec<'_>) -> Command {
         let booting = spec.boot.is_some();
         let platform = self.platform();
-        // Each of these sets something on itself and becomes the program behind it.
-        let mut command = match self.vm_ids {
-            Some(ids) => {
-                let mut command = Command::new("setpriv");
-                command
-                    .arg(format!("--reuid={}", ids.first_uid + spec.slot))
-                    .arg(format!("--regid={}", ids.gid))
-                    .arg("--no-new-privs");
-                match self.accelerator {
-                    // The device belongs to a group of its own on most systems.
-                    Accelerator::Kvm => command.arg(format!("--groups={}", kvm_group())),
-                    Accelerator::Tcg => command.arg("--clear-groups"),
-                };
-                command.arg("prlimit");
-                command
-            }
-            None => Command::new("prlimit"),
+        let groups = match self.accelerator {
+            // The device belongs to a group of its own on most systems.
+            Accelerator::Kvm => format!("--groups={}", kvm_group()),
+            Accelerator::Tcg => "--clear-groups".to_owned(),
         };
+        let mut command = self.confined(spec.slot, &groups);
         command
             .args(self.cgroup.resource_limits(spec.limits()))
             .arg(&self.binary);
@@ -263,6 +251,41 @@ impl Qemu {
         command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
         command.current_dir(spec.dir.work());
         command
+    }
+
+    /// The begin of a command that runs as the user of a place; the program and its limits follow. Each part sets
+    /// something on itself and becomes the program behind it.
+    fn confined(&self, slot: u32, groups: &str) -> Command {
+        let Some(ids) = self.vm_ids else {
+            return Command::new("prlimit");
+        };
+        let mut command = Command::new("setpriv");
+        command
+            .arg(format!("--reuid={}", ids.first_uid + slot))
+            .arg(format!("--regid={}", ids.gid))
+            .args(["--no-new-privs", groups, "prlimit"]);
+        command
+    }
+
+    /// Puts a disk, alone in a VM's folder, on another backing disk, so that those between are no longer needed. A disk is
+    /// its guest's work, so this runs with no more rights than the VM had.
+    pub(crate) async fn rebase(&self, dir: &VmDir, slot: u32, backing: &Path, disk_mb: u32) -> Result<()> {
+        if let Some(ids) = self.vm_ids {
+            folder::hand_over(&dir.work(), ids.first_uid + slot, ids.gid)?;
+        }
+        let mut command = self.confined(slot, "--clear-groups");
+        command
+            .args([
+                "--core=0",
+                &format!("--fsize={}", (u64::from(disk_mb) << 20) * 5 / 4),
+            ])
+            .args(["qemu-img", "rebase", "-q", "-f", "qcow2", "-F", "qcow2", "-b"])
+            .arg(backing)
+            .arg(VmDir::DISK)
+            .current_dir(dir.work());
+        let outcome = crate::template::run("qemu-img", &mut command.into()).await;
+        folder::take_back(&dir.work())?;
+        outcome.map(drop)
     }
 
     /// Starts the process and greets it; nothing runs in the guest yet, unless it boots.

@@ -116,7 +116,7 @@ impl SimSandbox {
             console_tail: if dead {
                 "kernel panic".to_owned()
             } else {
-                String::new()
+                "a guest's last words".to_owned()
             },
             ..Default::default()
         }

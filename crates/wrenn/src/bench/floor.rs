@@ -69,12 +69,14 @@ impl Recipe {
         // The platform removes its files once the template is made; a second name keeps them.
         let memory = work.join("memory.img");
         let theirs = option(&args, "mem-path=").context("the platform's machine has no memory file")?;
-        let size = std::fs::metadata(&theirs)?.len();
+        // It names its files as they are called in the folder where it works.
+        let size = std::fs::metadata(vmm.dir.join(&theirs))?.len();
         std::fs::File::create(&memory)?.set_len(size)?;
         for at in 1..args.len() {
             if let flag @ ("-kernel" | "-initrd") = args[at - 1].as_str() {
                 let kept = work.join(flag.trim_start_matches('-'));
-                std::fs::hard_link(&args[at], &kept).context("cannot keep what the machine boots")?;
+                std::fs::hard_link(vmm.dir.join(&args[at]), &kept)
+                    .context("cannot keep what the machine boots")?;
                 args[at] = kept.display().to_string();
             } else {
                 args[at] = args[at].replace(&theirs.display().to_string(), &memory.display().to_string());

@@ -317,26 +317,28 @@ async fn logs(context: &Context, args: LogsArgs) -> Result<ExitCode, CliError> {
         return Ok(ExitCode::SUCCESS);
     }
     let record = sandbox.get().await?;
+    let kept = record.error.as_ref().and_then(|error| error.console.clone());
+    let console = match kept {
+        Some(console) => console,
+        None => sandbox.console().await?,
+    };
     if context.json {
-        output::json(
-            &serde_json::json!({ "id": record.id, "status": record.status, "error": record.error }),
-        )?;
+        output::json(&serde_json::json!({
+            "id": record.id, "status": record.status, "error": record.error, "console": console,
+        }))?;
         return Ok(ExitCode::SUCCESS);
     }
-    match record.error {
-        Some(error) => {
-            eprintln!("sandbox {}: {}", record.id, output::printable(&error.message));
-            match error.console {
-                Some(console) => output::line(&output::printable(console.trim_end()))?,
-                None => eprintln!("no console lines were kept"),
-            }
-        }
-        None => eprintln!(
-            "sandbox {id} is {status}: console lines are kept when one fails. `--process TAG` follows a \
-             process (`wrenn sandbox exec {id} --detach -- CMD` prints its tag)",
-            id = record.id,
-            status = record.status
+    let id = &record.id;
+    match &record.error {
+        Some(error) => eprintln!("sandbox {id}: {}", output::printable(&error.message)),
+        None => eprintln!("sandbox {id} is {}; its console:", record.status),
+    }
+    match console.trim_end() {
+        "" => eprintln!(
+            "nothing was written to it. `--process TAG` follows a process \
+             (`wrenn sandbox exec {id} --detach -- CMD` prints its tag)"
         ),
+        console => output::line(&output::printable(console))?,
     }
     Ok(ExitCode::SUCCESS)
 }

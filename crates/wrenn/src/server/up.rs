@@ -64,12 +64,17 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
         url.clone(),
         Some(token.token),
     );
-    let agent = match HostAgent::start(host_config).await {
+    let begun = tokio::select! {
+        begun = HostAgent::start(host_config) => begun.context("cannot start the host agent"),
+        // Machines that were found again so far run on.
+        () = signals.next() => Err(anyhow::anyhow!("ended while the host agent was starting")),
+    };
+    let agent = match begun {
         Ok(agent) => agent,
         Err(error) => {
             stop.cancel();
             let _ = serving.await;
-            return Err(error).context("cannot start the host agent");
+            return Err(error);
         }
     };
     announce(&url, &data_dir, first.as_ref(), started.elapsed());
@@ -158,9 +163,10 @@ pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
         args.control_plane,
         args.token,
     );
-    let agent = HostAgent::start(config)
-        .await
-        .context("cannot start the host agent")?;
+    let agent = tokio::select! {
+        begun = HostAgent::start(config) => begun.context("cannot start the host agent")?,
+        () = signals.next() => bail!("ended while the host agent was starting"),
+    };
     tracing::info!(address = %agent.address(), "the host agent serves");
     let ready = tokio::spawn(show_build(agent.template_progress(), agent.template_ready_told()));
     signals.next().await;

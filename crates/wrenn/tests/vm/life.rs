@@ -332,3 +332,86 @@ async fn snapshots_multiply_a_sandbox() {
     assert_eq!(names(&platform.data_dir().join("sandboxes")), BTreeSet::new());
     platform.finish().await;
 }
+
+/// Each sandbox from a snapshot of the one before: their disks do not pile up, and nothing is lost on the way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn snapshots_of_snapshots_do_not_pile_up() {
+    const GENERATIONS: usize = 11;
+    let from = |name: &str| CreateSandbox {
+        template: Some(name.to_owned()),
+        ..CreateSandbox::default()
+    };
+    let platform = Platform::start(WRENN).await;
+    let mut sandbox = platform.sandbox().await;
+    let mut templates = Vec::new();
+    for number in 0..GENERATIONS {
+        output(
+            &sandbox,
+            &format!(
+                "echo {number} > /root/{number}; echo {number} > /root/last; rm -f /root/{}; sync",
+                number + 100
+            ),
+        )
+        .await;
+        output(
+            &sandbox,
+            &format!("head -c 300000 /dev/urandom > /root/{}", number + 101),
+        )
+        .await;
+        let name = format!("generation-{number}");
+        let template = platform
+            .client()
+            .snapshots()
+            .create_ready(sandbox.id(), Some(&name), false)
+            .await
+            .expect("a snapshot");
+        sandbox.destroy_and_wait().await.expect("destroy");
+        sandbox = platform.sandbox_from(&from(&name)).await;
+        templates.push(template);
+    }
+    let kept = output(
+        &sandbox,
+        "cd /root; cat last; ls | grep -v last | sort -n | tr '\\n' ' '",
+    )
+    .await;
+    let expected: String = (0..GENERATIONS)
+        .map(|number| format!("{number} "))
+        .chain([format!("{} ", GENERATIONS + 100)])
+        .collect();
+    assert_eq!(kept.trim(), format!("{}\n{}", GENERATIONS - 1, expected.trim()));
+    // How many disks lie below the last one.
+    let images = platform.data_dir().join("images");
+    let manifest = |folder: &std::path::Path| -> serde_json::Value {
+        let text = std::fs::read(folder.join("manifest.json")).expect("a manifest");
+        serde_json::from_slice(&text).expect("JSON")
+    };
+    let last = templates.last().expect("one");
+    let mut folder = folders_named(&platform.data_dir(), &last.id)
+        .first()
+        .expect("its folder")
+        .join("image");
+    let mut depth = 0;
+    while let Some(parent) = manifest(&folder)["parent"].as_str() {
+        folder = images.join(parent);
+        depth += 1;
+    }
+    assert!((1..=8).contains(&depth), "{depth} disks lie below it");
+    sandbox.destroy_and_wait().await.expect("destroy");
+    for template in &templates {
+        platform
+            .client()
+            .snapshots()
+            .delete(&template.name)
+            .await
+            .expect("delete");
+    }
+    for template in &templates {
+        eventually("its files are removed", Duration::from_secs(20), async || {
+            folders_named(&platform.data_dir(), &template.id)
+                .is_empty()
+                .then_some(())
+        })
+        .await;
+    }
+    platform.finish().await;
+}

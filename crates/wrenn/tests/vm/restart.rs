@@ -49,6 +49,11 @@ async fn sandboxes_outlive_the_server() {
     output(&paused, "echo kept > /dev/shm/kept").await;
     paused.pause_and_wait(LIMIT).await.expect("pause");
     output(&doomed, "echo last words > /dev/ttyS0").await;
+    eventually("the console can be read while it runs", LIMIT, async || {
+        let console = doomed.console().await.ok()?;
+        console.contains("last words").then_some(())
+    })
+    .await;
 
     // A VM that is killed: its record tells, with the console's last lines; it can be destroyed.
     signal(platform.vm_of(doomed.id()).expect("its process"), Signal::KILL);

@@ -35,6 +35,8 @@ use crate::service::Services;
 use crate::service::processes::{Input, ProcessEvent, ProcessHandle, ProcessStream, Selector, Spec};
 use crate::{Error, ErrorCode};
 
+/// Pieces of typing that wait for the program to read.
+const KEYS_QUEUE: usize = 64;
 /// How long Wrenn's SDK has to show its age.
 const AGE_TEST: Duration = Duration::from_secs(1);
 /// Terminal size of a client that names none.
@@ -175,10 +177,13 @@ async fn session(
     let (dialect, known) = watch::channel(encoding);
     // Complaints about input travel to the writer, which alone owns the sink.
     let (complain, complaints) = mpsc::channel(8);
+    // Keys wait beside the listener, which has to hear a kill while a program does not read.
+    let (keys, typed) = mpsc::channel(KEYS_QUEUE);
     let writing = write(services, sink, events, handle, &dialect, known, complaints);
     let ended = tokio::select! {
         ended = writing => Some(ended),
-        () = listen(stream, handle, &dialect, complain) => None,
+        () = listen(stream, handle, &dialect, &keys, &complain) => None,
+        never = type_keys(typed, handle, &complain) => match never {},
         error = revoked(client) => Some(Err(Some(error))),
         () = services.tasks.closing().cancelled() => Some(Ok(())),
     };
@@ -193,8 +198,14 @@ async fn listen(
     stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
     handle: &ProcessHandle,
     dialect: &watch::Sender<Option<Encoding>>,
-    complain: mpsc::Sender<Error>,
+    keys: &mpsc::Sender<Vec<u8>>,
+    complain: &mpsc::Sender<Error>,
 ) {
+    // A full queue is back-pressure. Its other end lives as long as this.
+    let queue = async |data: Vec<u8>| {
+        let _ = keys.send(data).await;
+        Ok(())
+    };
     let speaks = |encoding: Encoding| {
         dialect.send_if_modified(|known| {
             let changed = *known != Some(encoding);
@@ -206,12 +217,12 @@ async fn listen(
         let done = match received {
             Received::Binary(data) => {
                 speaks(Encoding::Binary);
-                handle.input(data.into()).await
+                queue(data.into()).await
             }
             Received::Frame(ClientFrame::Input { data }) => {
                 speaks(Encoding::Base64);
                 match BASE64.decode(data) {
-                    Ok(data) => handle.input(data).await,
+                    Ok(data) => queue(data).await,
                     Err(_) => Err(Error::invalid("data of an input frame must be base64")),
                 }
             }
@@ -226,7 +237,7 @@ async fn listen(
             Received::Frame(ClientFrame::Resize { cols, rows }) => handle.resize(cols, rows).await,
             Received::Frame(ClientFrame::Kill {} | ClientFrame::Stop {}) => handle.kill().await,
             // A terminal's end of input is a key: ^D.
-            Received::Frame(ClientFrame::Eof {}) => handle.input(vec![4]).await,
+            Received::Frame(ClientFrame::Eof {}) => queue(vec![4]).await,
             Received::Frame(ClientFrame::Start { .. } | ClientFrame::Connect { .. }) => {
                 Err(Error::invalid("the terminal has been opened already"))
             }
@@ -238,6 +249,20 @@ async fn listen(
             return;
         }
     }
+}
+
+/// Types in order what was received.
+async fn type_keys(
+    mut typed: mpsc::Receiver<Vec<u8>>,
+    handle: &ProcessHandle,
+    complain: &mpsc::Sender<Error>,
+) -> std::convert::Infallible {
+    while let Some(data) = typed.recv().await {
+        if let Err(error) = handle.input(data).await {
+            let _ = complain.try_send(error);
+        }
+    }
+    std::future::pending().await
 }
 
 /// Forwards the terminal's output; `Err(None)` when the client is gone.
