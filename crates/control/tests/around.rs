@@ -801,8 +801,8 @@ async fn what_a_deleted_team_left_is_removed() {
     );
     world
         .sql(
-            "UPDATE teams SET deleted_at = 1 WHERE id = $1",
-            vec![world.team.0.into()],
+            "UPDATE teams SET deleted_at = $2 WHERE id = $1",
+            vec![world.team.0.into(), now().into()],
         )
         .await;
     world.running.control.prune(now()).await.expect("a pass");
