@@ -13,25 +13,14 @@ use serde::de::DeserializeOwned;
 use super::audit::ActorSlot;
 use super::error::ApiError;
 use crate::domain::around::{ActorType, AuditActor};
-use crate::domain::{Actor, Host, Principal, Session};
+use crate::domain::{Actor, Host, Principal, Realm, Session};
 use crate::service::Services;
 use crate::service::sandboxes::MAX_WAIT;
 use crate::{Error, ErrorCode};
 
-/// Whose things a route is about; a router's layer puts it into the requests of routes that are mounted twice.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) enum Realm {
-    /// The team's of the caller's key or session.
-    #[default]
-    Team,
-    /// The platform team's; for platform admins.
-    Platform,
-}
-
-impl Realm {
-    fn of(parts: &Parts) -> Self {
-        parts.extensions.get().copied().unwrap_or_default()
-    }
+/// Whose things a request is about: a router's layer says it for routes that are mounted twice.
+fn realm(parts: &Parts) -> Realm {
+    parts.extensions.get().copied().unwrap_or_default()
 }
 
 /// The caller, by API key or session token; in the platform's realm a platform admin, acting for the platform team.
@@ -47,7 +36,7 @@ impl FromRequestParts<Services> for Caller {
             .get("x-api-key")
             .and_then(|value| value.to_str().ok());
         let bearer = bearer(&parts.headers);
-        let principal = match Realm::of(parts) {
+        let principal = match realm(parts) {
             Realm::Team => services.authenticate(key, bearer).await?,
             Realm::Platform => services.authenticate_platform(bearer).await?,
         };
@@ -118,7 +107,7 @@ impl FromRequestParts<Services> for SocketCaller {
             return Ok(Self {
                 known: None,
                 credential: (None, None),
-                realm: Realm::of(parts),
+                realm: realm(parts),
                 slot: parts.extensions.get().cloned(),
             });
         }
@@ -130,7 +119,7 @@ impl FromRequestParts<Services> for SocketCaller {
         Ok(Self {
             known: Some(principal),
             credential: (key.map(str::to_owned), bearer(&parts.headers).map(str::to_owned)),
-            realm: Realm::of(parts),
+            realm: realm(parts),
             slot: None,
         })
     }
