@@ -227,7 +227,8 @@ impl<T: DeserializeOwned> FromRequest<Services> for Body<T> {
     }
 }
 
-/// Path parameters. What cannot be decoded names nothing.
+/// Path parameters. What cannot be decoded names nothing, and nothing has a name with a NUL in it: databases and
+/// systems differ in what they do with one, so it stops here.
 #[derive(Debug)]
 pub struct Segments<T>(pub T);
 
@@ -236,13 +237,16 @@ impl<T: DeserializeOwned + Send> FromRequestParts<Services> for Segments<T> {
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
         match Path::<T>::from_request_parts(parts, services).await {
-            Ok(Path(segments)) => Ok(Self(segments)),
-            Err(_) => Err(Error::not_found("path", parts.uri.path()).into()),
+            Ok(Path(segments)) if !parts.uri.path().contains(NUL) => Ok(Self(segments)),
+            Ok(_) | Err(_) => Err(Error::not_found("path", parts.uri.path()).into()),
         }
     }
 }
 
-/// Query parameters.
+/// A NUL character as it comes in a URI; there is no other way to write one.
+const NUL: &str = "%00";
+
+/// Query parameters, none of which may have a NUL in it.
 #[derive(Debug)]
 pub struct Params<T>(pub T);
 
@@ -250,6 +254,20 @@ impl<T: DeserializeOwned> FromRequestParts<Services> for Params<T> {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
+        let mut pairs = parts.uri.query().unwrap_or_default().split('&');
+        if let Some(pair) = pairs.find(|pair| pair.contains(NUL)) {
+            let name: String = pair
+                .split('=')
+                .next()
+                .unwrap_or_default()
+                .chars()
+                .take(64)
+                .collect();
+            return Err(Error::invalid(format!(
+                "query parameter '{name}' must not contain a NUL character ({NUL}); leave it out"
+            ))
+            .into());
+        }
         match Query::<T>::from_request_parts(parts, services).await {
             Ok(Query(params)) => Ok(Self(params)),
             Err(rejection) => Err(Error::invalid(rejection.body_text()).into()),
