@@ -31,7 +31,7 @@ use std::sync::Arc;
 
 use tokio::net::TcpListener;
 
-pub use api::openapi_yaml;
+pub use api::{openapi_json, openapi_yaml};
 pub use auth::secrets::MasterSecret;
 pub use config::ControlConfig;
 pub use error::{Error, ErrorCode, Result};

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::{DEADLINE, Running, answer, code, message, start};
+use common::{DEADLINE, Running, World, answer, code, message, start};
 use hkdf::hmac::{Hmac, KeyInit, Mac};
 use sea_orm::{ConnectionTrait, Database, DatabaseConnection, Statement};
 use serde_json::{Value, json};
@@ -801,8 +801,8 @@ async fn what_a_deleted_team_left_is_removed() {
     );
     world
         .sql(
-            "UPDATE teams SET deleted_at = 1 WHERE id = $1",
-            vec![world.team.0.into()],
+            "UPDATE teams SET deleted_at = $2 WHERE id = $1",
+            vec![world.team.0.into(), now().into()],
         )
         .await;
     world.running.control.prune(now()).await.expect("a pass");
@@ -1366,6 +1366,53 @@ async fn a_repeated_create_is_answered_as_before() {
     assert_eq!(created.len(), 3, "{created:?}");
     assert!(created.iter().all(|entry| entry["resource_id"].is_string()));
     world.end().await;
+}
+
+#[tokio::test]
+async fn a_platform_admins_creates_happen_once_and_are_theirs_alone() {
+    let world = World::new().await;
+    let admin = world.session(world.bootstrap.user_id, None).await;
+    let ask = async |path: &str, body: Value| {
+        let request = world
+            .http
+            .post(world.url(path))
+            .bearer_auth(&admin)
+            .header("idempotency-key", "k")
+            .json(&body);
+        answer(request).await
+    };
+    let create = "/v1/admin/capsules?wait=20";
+    let (status, first) = ask(create, json!({})).await;
+    assert_eq!(status, 201, "{first}");
+    let (status, again) = ask(create, json!({})).await;
+    assert_eq!((status, &again["id"]), (201, &first["id"]));
+    // Under the same key in the team's collection it is another create.
+    let (status, own) = ask("/v1/sandboxes?wait=20", json!({})).await;
+    assert_eq!(status, 201, "{own}");
+    assert_ne!(own["id"], first["id"]);
+    let snapshot = async |id: &Value, name: &str| {
+        let id = id.as_str().expect("an id");
+        let path = format!("/v1/admin/capsules/{id}/snapshot");
+        ask(&path, json!({ "name": name })).await
+    };
+    let (status, made) = snapshot(&first["id"], "golden").await;
+    assert_eq!(status, 201, "{made}");
+    let (status, again) = snapshot(&first["id"], "golden").await;
+    assert_eq!((status, &again["id"]), (201, &made["id"]));
+    // Another sandbox is another request, though key and body are the same.
+    let (status, refused) = snapshot(&json!("sb-00000000-0000-0000-0000-000000000000"), "golden").await;
+    assert_eq!((status, code(&refused)), (409, "conflict"), "{refused}");
+    // What an admin was told is nothing for somebody who is none any more.
+    let changed = world
+        .database()
+        .await
+        .execute_unprepared("UPDATE users SET is_admin = FALSE")
+        .await
+        .expect("changed");
+    assert_eq!(changed.rows_affected(), 1);
+    let (status, refused) = ask(create, json!({})).await;
+    assert_eq!((status, code(&refused)), (403, "forbidden"), "{refused}");
+    world.running.stop().await;
 }
 
 #[tokio::test]

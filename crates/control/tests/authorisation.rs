@@ -10,7 +10,9 @@ mod common;
 use std::collections::BTreeSet;
 
 use common::{World, answer, code};
+use futures::{SinkExt as _, StreamExt as _};
 use serde_json::{Value, json};
+use tokio_tungstenite::tungstenite::Message;
 
 /// What a route asks of its caller.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -167,6 +169,12 @@ enum Caller {
     Nobody,
     BadKey,
     BadSession,
+    /// A session of somebody who has been deactivated since.
+    Deactivated,
+    /// A host's own token.
+    HostAgent,
+    /// A session of somebody in no team.
+    Teamless,
     OtherKey,
     OtherOwner,
     Key,
@@ -177,10 +185,13 @@ enum Caller {
 }
 
 /// The refused first, then from the weakest to the strongest.
-const CALLERS: [Caller; 10] = [
+const CALLERS: [Caller; 13] = [
     Caller::Nobody,
     Caller::BadKey,
     Caller::BadSession,
+    Caller::Deactivated,
+    Caller::HostAgent,
+    Caller::Teamless,
     Caller::OtherKey,
     Caller::OtherOwner,
     Caller::Key,
@@ -205,7 +216,11 @@ enum Expected {
 
 fn expected(rule: Rule, caller: Caller) -> Expected {
     use Expected::{Forbidden, LetIn, NoSocket, NotAsked, NotFound, Unauthorized};
-    let unknown = matches!(caller, Caller::Nobody | Caller::BadKey | Caller::BadSession);
+    let unknown = matches!(
+        caller,
+        Caller::Nobody | Caller::BadKey | Caller::BadSession | Caller::Deactivated | Caller::HostAgent
+    );
+    let teamless = caller == Caller::Teamless;
     let key = matches!(caller, Caller::Key | Caller::OtherKey);
     let outsider = matches!(
         caller,
@@ -218,12 +233,14 @@ fn expected(rule: Rule, caller: Caller) -> Expected {
     };
     match rule {
         Open => NotAsked,
+        Host if caller == Caller::HostAgent => LetIn,
         Host => Unauthorized,
         Socket | PlatformSocket if caller == Caller::Nobody => NoSocket,
         PlatformSocket | Platform if key => Unauthorized,
         PlatformSocket | Platform if caller == Caller::PlatformAdmin => LetIn,
         _ if unknown => Unauthorized,
         PlatformSocket | Platform => Forbidden,
+        Team | TeamThing | Socket | Own(_) | OwnThing(_) if teamless => Forbidden,
         Team => LetIn,
         TeamThing | Socket if outsider => NotFound,
         Socket => NoSocket,
@@ -233,10 +250,16 @@ fn expected(rule: Rule, caller: Caller) -> Expected {
         // Outsiders ask about their own team, in which they are owners.
         Own(least) if outsider || role >= least => LetIn,
         Own(_) => Forbidden,
-        OwnThing(_) | Path(_) if outsider => NotFound,
+        OwnThing(_) | Path(_) if outsider || teamless => NotFound,
         OwnThing(least) | Path(least) if role >= least => LetIn,
         OwnThing(_) | Path(_) => Forbidden,
     }
+}
+
+/// With what somebody asks.
+enum Credential<'a> {
+    Key(&'a str),
+    Bearer(&'a str),
 }
 
 struct Fixture {
@@ -248,6 +271,9 @@ struct Fixture {
     owner: String,
     other: String,
     platform: String,
+    bad_session: String,
+    deactivated: String,
+    teamless: String,
     team: String,
     sandbox: String,
     snapshot: String,
@@ -325,6 +351,16 @@ impl Fixture {
         assert_eq!(status, 201, "{body}");
         let channel = body["id"].as_str().expect("an id").to_owned();
         let platform = world.session(world.bootstrap.user_id, None).await;
+        let gone = world.person("gone").await;
+        let path = format!("/v1/admin/users/{}/active", gone.id);
+        let (status, body) = world
+            .call_as(&platform, "PUT", &path, Some(json!({ "active": false })))
+            .await;
+        assert_eq!(status, 204, "{body}");
+        let loner = world.person("loner").await;
+        let path = format!("/v1/teams/{}", loner.team);
+        let (status, body) = world.call_as(&loner.token, "DELETE", &path, None).await;
+        assert_eq!(status, 204, "{body}");
         let (spare_user, admin, member) = (
             sessions[2].1.clone(),
             sessions[1].0.clone(),
@@ -335,9 +371,12 @@ impl Fixture {
             other_key,
             member,
             admin,
+            bad_session: format!("{}x", owner.token),
             owner: owner.token,
             other: other.token,
             platform,
+            deactivated: gone.token,
+            teamless: loner.token,
             team: owner.team,
             sandbox,
             snapshot: "mine".to_owned(),
@@ -356,6 +395,7 @@ impl Fixture {
             _ if route.contains("/api-keys/") => &self.key_id,
             _ if route.contains("/channels/") => &self.channel,
             _ if route.contains("/users/") => &self.spare_user,
+            _ if route.contains("/heartbeat") => &self.world.host.tokens().host_id,
             _ => "host-00000000-0000-0000-0000-000000000000",
         };
         route
@@ -387,6 +427,25 @@ impl Fixture {
         }
     }
 
+    fn credential(&self, caller: Caller) -> Option<Credential<'_>> {
+        use Credential::{Bearer, Key};
+        Some(match caller {
+            Caller::Nobody => return None,
+            Caller::BadKey => Key("wrn_0000000000000000000000000000000000000000"),
+            Caller::BadSession => Bearer(&self.bad_session),
+            Caller::Deactivated => Bearer(&self.deactivated),
+            Caller::HostAgent => Bearer(&self.world.host.tokens().token),
+            Caller::Teamless => Bearer(&self.teamless),
+            Caller::OtherKey => Key(&self.other_key),
+            Caller::Key => Key(&self.key),
+            Caller::OtherOwner => Bearer(&self.other),
+            Caller::Member => Bearer(&self.member),
+            Caller::Admin => Bearer(&self.admin),
+            Caller::Owner => Bearer(&self.owner),
+            Caller::PlatformAdmin => Bearer(&self.platform),
+        })
+    }
+
     async fn ask(&self, method: &str, route: &str, caller: Caller, body: &Value) -> (u16, Value) {
         let mut path = self.path(route);
         if route == "/v1/users/search" {
@@ -404,17 +463,10 @@ impl Fixture {
         } else {
             request.json(body)
         };
-        let request = match caller {
-            Caller::Nobody => request,
-            Caller::BadKey => request.header("x-api-key", "wrn_0000000000000000000000000000000000000000"),
-            Caller::BadSession => request.bearer_auth(format!("{}x", self.owner)),
-            Caller::OtherKey => request.header("x-api-key", &self.other_key),
-            Caller::Key => request.header("x-api-key", &self.key),
-            Caller::OtherOwner => request.bearer_auth(&self.other),
-            Caller::Member => request.bearer_auth(&self.member),
-            Caller::Admin => request.bearer_auth(&self.admin),
-            Caller::Owner => request.bearer_auth(&self.owner),
-            Caller::PlatformAdmin => request.bearer_auth(&self.platform),
+        let request = match self.credential(caller) {
+            None => request,
+            Some(Credential::Key(key)) => request.header("x-api-key", key),
+            Some(Credential::Bearer(token)) => request.bearer_auth(token),
         };
         // The stream of events does not end by itself: its head is the answer.
         let response = request.timeout(common::DEADLINE).send().await.expect("an answer");
@@ -428,7 +480,23 @@ impl Fixture {
 }
 
 /// Asked only by those who are refused: who is let in would end the fixture for the rest of the row or table.
-const ENDS_FIXTURE: [(&str, &str); 2] = [("delete", "/v1/me"), ("post", "/v1/teams/{id}/leave")];
+const ENDS_FIXTURE: [(&str, &str); 3] = [
+    ("delete", "/v1/me"),
+    ("post", "/v1/teams/{id}/leave"),
+    ("delete", "/v1/capsules/{id}"),
+];
+
+/// The rows of the table, after those of the sandboxes' other name.
+fn rows() -> Vec<(&'static str, String, Rule)> {
+    let twins = TABLE.iter().filter_map(|&(method, route, rule)| {
+        let rest = route.strip_prefix("/v1/sandboxes")?;
+        Some((method, format!("/v1/capsules{rest}"), rule))
+    });
+    let table = TABLE
+        .iter()
+        .map(|&(method, route, rule)| (method, route.to_owned(), rule));
+    twins.chain(table).collect()
+}
 
 fn documented(document: &Value) -> BTreeSet<(String, String)> {
     let methods = ["get", "put", "post", "delete", "patch"];
@@ -449,11 +517,12 @@ async fn every_route_lets_in_whom_it_should_and_nobody_else() {
     let fixture = Fixture::new().await;
     let (status, document) = answer(fixture.world.http.get(fixture.world.url("/openapi.json"))).await;
     assert_eq!(status, 200);
-    let listed: BTreeSet<(String, String)> = TABLE
+    let rows = rows();
+    let listed: BTreeSet<(String, String)> = rows
         .iter()
-        .map(|(method, path, _)| ((*method).to_owned(), (*path).to_owned()))
+        .map(|(method, path, _)| ((*method).to_owned(), path.clone()))
         .collect();
-    assert_eq!(listed.len(), TABLE.len(), "a route has two rows");
+    assert_eq!(listed.len(), rows.len(), "a route has two rows");
     let documented = documented(&document);
     let without: Vec<_> = documented.difference(&listed).collect();
     assert!(without.is_empty(), "routes without a row: {without:?}");
@@ -461,7 +530,8 @@ async fn every_route_lets_in_whom_it_should_and_nobody_else() {
     assert!(gone.is_empty(), "rows without a route: {gone:?}");
 
     let mut wrong = Vec::new();
-    for &(method, route, rule) in TABLE {
+    for (method, route, rule) in &rows {
+        let (method, route, rule) = (*method, route.as_str(), *rule);
         for caller in CALLERS {
             let expected = expected(rule, caller);
             if expected == Expected::LetIn && ENDS_FIXTURE.contains(&(method, route)) {
@@ -495,4 +565,94 @@ async fn every_route_lets_in_whom_it_should_and_nobody_else() {
     }
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     fixture.world.running.stop().await;
+}
+
+/// The same for real upgrades: who is refused is told before there is a WebSocket, or, where the credentials come in
+/// the first message, in it.
+#[tokio::test]
+async fn sockets_open_for_whom_they_should_and_nobody_else() {
+    let fixture = Fixture::new().await;
+    let document: Value =
+        serde_json::from_str(&wrenn_control::openapi_json().expect("a document")).expect("JSON");
+    let mut wrong = Vec::new();
+    let sockets = rows()
+        .into_iter()
+        .filter(|(_, _, rule)| matches!(rule, Socket | PlatformSocket));
+    for (_, route, rule) in sockets {
+        for caller in CALLERS {
+            let expected = expected(rule, caller);
+            let status = fixture.upgrade(&route, caller).await;
+            let fits = match expected {
+                Expected::NotAsked => false,
+                Expected::Unauthorized => status == 401,
+                Expected::Forbidden => status == 403,
+                Expected::NotFound => status == 404,
+                Expected::NoSocket => status == 101,
+                // The fixture's sandbox is no platform's.
+                Expected::LetIn => status == 404,
+            };
+            if !fits {
+                wrong.push(format!("{route} by {caller:?}: {status}, not {expected:?}"));
+            }
+            if document["paths"][&route]["get"]["responses"][status.to_string()].is_null() {
+                wrong.push(format!("{route}: {status} is not in the document"));
+            }
+            let refusal = match expected {
+                Expected::Unauthorized => "unauthorized",
+                Expected::Forbidden => "forbidden",
+                Expected::NotFound => "not_found",
+                Expected::NotAsked | Expected::NoSocket | Expected::LetIn => continue,
+            };
+            let told = fixture.first_message(&route, caller).await;
+            if told["code"] != refusal {
+                wrong.push(format!(
+                    "{route} by {caller:?} in a message: {told}, not {refusal}"
+                ));
+            }
+        }
+    }
+    assert!(wrong.is_empty(), "{}", wrong.join("\n"));
+    fixture.world.running.stop().await;
+}
+
+impl Fixture {
+    /// The status with which an upgrade is answered, with the caller's credentials in the head.
+    async fn upgrade(&self, route: &str, caller: Caller) -> u16 {
+        let request = self
+            .world
+            .http
+            .get(self.world.url(&self.path(route)))
+            .header("connection", "upgrade")
+            .header("upgrade", "websocket")
+            .header("sec-websocket-version", "13")
+            .header("sec-websocket-key", "dGhlIHNhbXBsZSBub25jZQ==")
+            .timeout(common::DEADLINE);
+        let request = match self.credential(caller) {
+            None => request,
+            Some(Credential::Key(key)) => request.header("x-api-key", key),
+            Some(Credential::Bearer(token)) => request.bearer_auth(token),
+        };
+        request.send().await.expect("an answer").status().as_u16()
+    }
+
+    /// What a WebSocket says to a caller who comes with their credentials in the first message.
+    async fn first_message(&self, route: &str, caller: Caller) -> Value {
+        let url = self.world.url(&self.path(route)).replacen("http", "ws", 1);
+        let (mut socket, _) = tokio_tungstenite::connect_async(url).await.expect("a WebSocket");
+        let auth = match self.credential(caller) {
+            None => json!({ "type": "auth" }),
+            Some(Credential::Key(key)) => json!({ "type": "auth", "api_key": key }),
+            Some(Credential::Bearer(token)) => json!({ "type": "auth", "token": token }),
+        };
+        for frame in [auth, json!({ "type": "start", "cmd": "true" })] {
+            // The other side may have hung up already; what it said is still to be read.
+            let _ = socket.send(Message::text(frame.to_string())).await;
+        }
+        while let Ok(Some(Ok(message))) = tokio::time::timeout(common::DEADLINE, socket.next()).await {
+            if let Message::Text(text) = message {
+                return serde_json::from_str(&text).expect("JSON");
+            }
+        }
+        Value::Null
+    }
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use common::{DEADLINE, World, code};
 use futures::StreamExt as _;
+use sea_orm::ConnectionTrait as _;
 use serde_json::{Value, json};
 use wrenn_testkit::simhost::Call;
 
@@ -221,4 +222,28 @@ async fn strangers_and_nonsense_are_refused_and_the_end_is_orderly() {
         .await;
     assert_eq!(follower.message().await, None);
     drop(world);
+}
+
+/// A newer version at work on the same database, in the middle of an upgrade.
+#[tokio::test]
+async fn an_event_of_a_kind_that_is_not_known_yet_holds_up_nothing() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    let mut follower = Follower::new(&world, None).await;
+    world
+        .database()
+        .await
+        .execute_unprepared(
+            "INSERT INTO events (team_id, kind, resource_type, resource_id, payload, created_at) \
+             SELECT team_id, 'moon.landed', 'moon', 'm', '{}', 0 FROM sandboxes",
+        )
+        .await
+        .expect("inserted");
+    world.running.control.relay().await.expect("a pass");
+    world
+        .post(&format!("/v1/sandboxes/{sandbox}/pause?wait=20"), json!({}))
+        .await;
+    world.running.control.relay().await.expect("a pass");
+    let seen = follower.until("capsule.pause").await;
+    assert!(seen.iter().all(|(_, name, _)| name != "moon.landed"), "{seen:?}");
 }

@@ -287,6 +287,15 @@ async fn a_request_takes_as_many_statements_as_the_documentation_says() {
         .collect();
     assert_eq!(accepted.len(), 8, "{accepted:#?}");
 
+    // A heartbeat that says what the last one said writes the host's row, and nothing of the templates.
+    let sent = setup.during(async |_| setup.host.heartbeat().await).await;
+    assert!(
+        sent.iter().any(|sql| sql.starts_with("UPDATE \"hosts\"")),
+        "{sent:#?}"
+    );
+    let written = |sql: &&String| sql.starts_with("INSERT INTO \"template_hosts\"");
+    assert_eq!(sent.iter().find(written), None);
+
     let id = created["id"].as_str().expect("an id").to_owned();
     setup
         .plane

@@ -14,10 +14,10 @@ use wrenn_proto::rest::{
 };
 
 use super::error::ApiResult;
-use super::extract::{Body, Caller, Params, PlatformAdmin, Realm, Segments, Wait};
+use super::extract::{Body, Caller, Params, PlatformAdmin, Segments, Wait};
 use super::snapshots::{self, SnapshotParams};
 use super::teams::PageParams;
-use crate::domain::{self, TeamId, timestamp};
+use crate::domain::{self, Realm, TeamId, timestamp};
 use crate::service::Services;
 use crate::service::admin::Page;
 use crate::store::admin::{AdminTeamRow, AdminUserRow};

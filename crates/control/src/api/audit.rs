@@ -141,7 +141,7 @@ const ROUTES: &[Route] = &[
     on("POST", "/v1/sandboxes/{id}/files/stream/write", "sandbox.file_write", "sandbox", Path("id")),
     on("POST", "/v1/sandboxes/{id}/files/mkdir", "sandbox.file_mkdir", "sandbox", Path("id")),
     on("POST", "/v1/sandboxes/{id}/files/remove", "sandbox.file_remove", "sandbox", Path("id")),
-    on("POST", "/v1/sandboxes/{id}/snapshot", "template.create", "template", Answer("/id")),
+    on("POST", "/v1/sandboxes/{id}/snapshot", "template.create", "template", Answer("/id")).once(),
     // Templates.
     on("POST", "/v1/snapshots", "template.create", "template", Answer("/id")).once(),
     on("DELETE", "/v1/snapshots/{name}", "template.delete", "template", Path("name")),
@@ -234,8 +234,12 @@ fn canonical(matched: &str) -> (String, bool) {
 
 /// Whether a route takes an `Idempotency-Key`.
 pub(super) fn takes_key(method: &Method, matched: &str) -> bool {
-    let (path, platform) = canonical(matched);
-    !platform && matches!(kind(method, &path), Kind::Known(route) if route.once)
+    matches!(kind(method, &canonical(matched).0), Kind::Known(route) if route.once)
+}
+
+/// Whether a route is one of the platform team's collection.
+pub(super) fn of_platform(matched: &str) -> bool {
+    canonical(matched).1
 }
 
 /// Where a request's extractors leave who the caller is, for the log.
@@ -566,6 +570,8 @@ mod tests {
             ("/v1/capsulesque".to_owned(), false)
         );
         assert!(takes_key(&Method::POST, "/v1/capsules"));
+        assert!(takes_key(&Method::POST, "/v1/admin/capsules"));
         assert!(!takes_key(&Method::GET, "/v1/capsules"));
+        assert!(of_platform("/v1/admin/capsules/") && !of_platform("/v1/capsules"));
     }
 }

@@ -13,25 +13,14 @@ use serde::de::DeserializeOwned;
 use super::audit::ActorSlot;
 use super::error::ApiError;
 use crate::domain::around::{ActorType, AuditActor};
-use crate::domain::{Actor, Host, Principal, Session};
+use crate::domain::{Actor, Host, Principal, Realm, Session};
 use crate::service::Services;
 use crate::service::sandboxes::MAX_WAIT;
 use crate::{Error, ErrorCode};
 
-/// Whose things a route is about; a router's layer puts it into the requests of routes that are mounted twice.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) enum Realm {
-    /// The team's of the caller's key or session.
-    #[default]
-    Team,
-    /// The platform team's; for platform admins.
-    Platform,
-}
-
-impl Realm {
-    fn of(parts: &Parts) -> Self {
-        parts.extensions.get().copied().unwrap_or_default()
-    }
+/// Whose things a request is about: a router's layer says it for routes that are mounted twice.
+fn realm(parts: &Parts) -> Realm {
+    parts.extensions.get().copied().unwrap_or_default()
 }
 
 /// The caller, by API key or session token; in the platform's realm a platform admin, acting for the platform team.
@@ -47,7 +36,7 @@ impl FromRequestParts<Services> for Caller {
             .get("x-api-key")
             .and_then(|value| value.to_str().ok());
         let bearer = bearer(&parts.headers);
-        let principal = match Realm::of(parts) {
+        let principal = match realm(parts) {
             Realm::Team => services.authenticate(key, bearer).await?,
             Realm::Platform => services.authenticate_platform(bearer).await?,
         };
@@ -118,7 +107,7 @@ impl FromRequestParts<Services> for SocketCaller {
             return Ok(Self {
                 known: None,
                 credential: (None, None),
-                realm: Realm::of(parts),
+                realm: realm(parts),
                 slot: parts.extensions.get().cloned(),
             });
         }
@@ -130,7 +119,7 @@ impl FromRequestParts<Services> for SocketCaller {
         Ok(Self {
             known: Some(principal),
             credential: (key.map(str::to_owned), bearer(&parts.headers).map(str::to_owned)),
-            realm: Realm::of(parts),
+            realm: realm(parts),
             slot: None,
         })
     }
@@ -238,7 +227,8 @@ impl<T: DeserializeOwned> FromRequest<Services> for Body<T> {
     }
 }
 
-/// Path parameters. What cannot be decoded names nothing.
+/// Path parameters. What cannot be decoded names nothing, and nothing has a name with a NUL in it: databases and
+/// systems differ in what they do with one, so it stops here.
 #[derive(Debug)]
 pub struct Segments<T>(pub T);
 
@@ -247,13 +237,16 @@ impl<T: DeserializeOwned + Send> FromRequestParts<Services> for Segments<T> {
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
         match Path::<T>::from_request_parts(parts, services).await {
-            Ok(Path(segments)) => Ok(Self(segments)),
-            Err(_) => Err(Error::not_found("path", parts.uri.path()).into()),
+            Ok(Path(segments)) if !parts.uri.path().contains(NUL) => Ok(Self(segments)),
+            Ok(_) | Err(_) => Err(Error::not_found("path", parts.uri.path()).into()),
         }
     }
 }
 
-/// Query parameters.
+/// A NUL character as it comes in a URI; there is no other way to write one.
+const NUL: &str = "%00";
+
+/// Query parameters, none of which may have a NUL in it.
 #[derive(Debug)]
 pub struct Params<T>(pub T);
 
@@ -261,6 +254,20 @@ impl<T: DeserializeOwned> FromRequestParts<Services> for Params<T> {
     type Rejection = ApiError;
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
+        let mut pairs = parts.uri.query().unwrap_or_default().split('&');
+        if let Some(pair) = pairs.find(|pair| pair.contains(NUL)) {
+            let name: String = pair
+                .split('=')
+                .next()
+                .unwrap_or_default()
+                .chars()
+                .take(64)
+                .collect();
+            return Err(Error::invalid(format!(
+                "query parameter '{name}' must not contain a NUL character ({NUL}); leave it out"
+            ))
+            .into());
+        }
         match Query::<T>::from_request_parts(parts, services).await {
             Ok(Query(params)) => Ok(Self(params)),
             Err(rejection) => Err(Error::invalid(rejection.body_text()).into()),

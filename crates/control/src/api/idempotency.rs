@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 use super::audit;
 use super::error::{ApiError, ApiResult};
 use super::extract::bearer;
+use crate::domain::Realm;
 use crate::service::Services;
 use crate::service::idempotency::{Begun, Execution, KeptAnswer};
 use crate::tasks::TaskKind;
@@ -55,9 +56,15 @@ async fn keyed(services: Services, route: &str, request: Request, next: Next) ->
     let text = |name: &HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
     let key = text(&KEY).unwrap_or_default();
     let api_key = text(&HeaderName::from_static("x-api-key"));
-    let route = format!("{} {}", request.method(), route.trim_end_matches('/'));
+    let route = route.trim_end_matches('/');
+    let action = format!("{} {route}", request.method());
+    let realm = if audit::of_platform(route) {
+        Realm::Platform
+    } else {
+        Realm::Team
+    };
     let Some(scope) = services
-        .idempotency_scope(api_key, bearer(headers), &route, key)
+        .idempotency_scope(realm, api_key, bearer(headers), &action, key)
         .await?
     else {
         return Ok(next.run(request).await);
@@ -74,6 +81,11 @@ async fn keyed(services: Services, route: &str, request: Request, next: Next) ->
     digest.update(parts.uri.query().unwrap_or_default());
     digest.update([0]);
     digest.update(&bytes);
+    if route.contains('{') {
+        // What a path names is a part of the request; where it names nothing, both of a route's names are the same.
+        digest.update([0]);
+        digest.update(parts.uri.path());
+    }
     let request_hash = hex::encode(digest.finalize());
     let execution = match services.idempotency_begin(&scope, &request_hash).await? {
         Begun::Execute(execution) => execution,

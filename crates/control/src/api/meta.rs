@@ -63,7 +63,7 @@ fn serve_yaml<E: std::fmt::Display>(text: &Result<Bytes, E>) -> ApiResult<Respon
 /// Tell whether the server can work: it is up and its database answers.
 #[utoipa::path(get, path = "/health", tag = "service", responses(
     (status = 200, body = Health),
-    (status = 500, body = ErrorBody, description = "`internal_error`: the database does not answer")))]
+    (status = 503, body = ErrorBody, description = "`database_unavailable`: it cannot work")))]
 pub(crate) async fn health(State(services): State<Services>) -> ApiResult<Json<Health>> {
     services.healthy().await?;
     Ok(Json(Health {

@@ -35,7 +35,7 @@ use crate::{Error, ErrorCode};
 
 pub use error::{ApiError, ApiResult};
 pub use extract::{Body, Caller, ClientAddress, Params, PlatformAdmin, Segments, Signed};
-pub use openapi::openapi_yaml;
+pub use openapi::{openapi_json, openapi_yaml};
 
 /// Routes of one sandbox collection; mounted under two names.
 fn sandbox_routes() -> OpenApiRouter<Services> {
@@ -67,7 +67,7 @@ fn sandbox_routes() -> OpenApiRouter<Services> {
 /// Everything that the document describes.
 fn documented() -> OpenApiRouter<Services> {
     OpenApiRouter::with_openapi(openapi::base())
-        .nest("/v1/sandboxes", sandbox_routes())
+        .nest(openapi::SANDBOXES, sandbox_routes())
         .routes(routes!(snapshots::create, snapshots::list))
         .routes(routes!(snapshots::delete))
         .routes(routes!(snapshots::templates))
@@ -96,7 +96,7 @@ pub(crate) fn router(services: Services, extensions: &Extensions) -> Router {
     let (capsules, _) = sandbox_routes().split_for_parts();
     let mut router = Router::new()
         .merge(documented)
-        .nest("/v1/capsules", capsules)
+        .nest(openapi::CAPSULES, capsules)
         .merge(meta::undocumented(document))
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)

@@ -41,7 +41,8 @@ pub(crate) enum EventKind {
 }
 
 impl EventKind {
-    const ALL: [Self; 9] = [
+    /// All that this version knows.
+    pub(crate) const ALL: [Self; 9] = [
         Self::SandboxCreate,
         Self::SandboxPause,
         Self::SandboxResume,

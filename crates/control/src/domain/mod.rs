@@ -43,6 +43,16 @@ pub struct Principal {
     pub actor: Actor,
 }
 
+/// Whose things a request is about.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) enum Realm {
+    /// The team's of the caller's key or session.
+    #[default]
+    Team,
+    /// The platform team's; for platform admins.
+    Platform,
+}
+
 /// Who does something; the audit log names it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Actor {

@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use redis::aio::{ConnectionManager, ConnectionManagerConfig, MultiplexedConnection};
 use redis::streams::{
-    StreamAutoClaimOptions, StreamAutoClaimReply, StreamId, StreamMaxlen, StreamReadOptions, StreamReadReply,
+    StreamAutoClaimOptions, StreamAutoClaimReply, StreamId, StreamInfoConsumersReply, StreamMaxlen,
+    StreamReadOptions, StreamReadReply,
 };
 use redis::{AsyncCommands as _, AsyncConnectionConfig, Client, RedisError};
 use tokio::sync::mpsc;
@@ -206,6 +207,26 @@ impl Link {
             )
             .await?;
         Ok(reply.claimed.into_iter().map(entry).collect())
+    }
+
+    /// Removes consumers from the group that took nothing for this long and have nothing open: each start of an instance
+    /// adds one, and one that died takes none away. A living one that is removed by mistake comes back with its next
+    /// read, and what it has then is told again from the outbox if need be.
+    pub(crate) async fn bury(
+        &self,
+        connection: &mut MultiplexedConnection,
+        idle: Duration,
+    ) -> Result<(), RedisError> {
+        let group: StreamInfoConsumersReply = connection.xinfo_consumers(&self.stream, GROUP).await?;
+        for consumer in group.consumers {
+            let old = consumer.idle as u128 >= idle.as_millis();
+            if old && consumer.pending == 0 && consumer.name != self.consumer {
+                let _: i64 = connection
+                    .xgroup_delconsumer(&self.stream, GROUP, &consumer.name)
+                    .await?;
+            }
+        }
+        Ok(())
     }
 
     /// These need not be told to anybody of the group again.

@@ -133,7 +133,7 @@ impl Services {
         }
         self.store.deliveries_prune(now - DELIVERIES_KEEP).await?;
         self.store.idempotency_prune(now).await?;
-        self.store.deleted_teams_forget().await?;
+        self.store.deleted_teams_forget(now - crate::store::DAY).await?;
         self.metrics_prune(now).await
     }
 }

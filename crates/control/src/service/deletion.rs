@@ -158,6 +158,8 @@ impl Services {
                 tracing::debug!(%template, %error, "a template's files stay for now");
             }
         }
+        // What was written meanwhile: samples and usage of the sandboxes that were still there.
+        self.store.team_purge_rows(team).await?;
         Ok(self.store.team_purged(team).await?)
     }
 

@@ -29,6 +29,8 @@ use crate::{Error, Result};
 
 /// Events in one step of the relay, and on one page of a stream.
 const PAGE: u64 = 200;
+/// A consumer that took nothing for this many times what makes its events somebody else's is gone.
+const FORSAKEN: u32 = 20;
 /// How often an event is told before it is given up.
 const MAX_ATTEMPTS: i32 = 20;
 /// A connection to Redis that lasted this long was one: its end begins a new outage.
@@ -204,6 +206,11 @@ impl Services {
             if claimed_at.is_none_or(|at| at.elapsed() >= idle) {
                 let entries = link.claim(&mut connection, idle).await.map_err(Error::internal)?;
                 self.consume_entries(link, &mut connection, entries).await?;
+                if self.leads() {
+                    link.bury(&mut connection, idle * FORSAKEN)
+                        .await
+                        .map_err(Error::internal)?;
+                }
                 claimed_at = Some(tokio::time::Instant::now());
             }
             let entries = link.read(&mut connection).await.map_err(Error::internal)?;

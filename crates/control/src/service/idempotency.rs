@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::Services;
 use super::drive::millis;
 use crate::domain::around::AuditActor;
-use crate::domain::now;
+use crate::domain::{Principal, Realm, now};
 use crate::store::{ClaimTimes, Outcome};
 use crate::{Error, ErrorCode, Result, auth};
 
@@ -49,6 +49,7 @@ impl Services {
     /// their request goes on, to be refused with the right words.
     pub(crate) async fn idempotency_scope(
         &self,
+        realm: Realm,
         api_key: Option<&str>,
         bearer: Option<&str>,
         route: &str,
@@ -63,15 +64,20 @@ impl Services {
         }
         let session = bearer.filter(|token| !token.starts_with(auth::API_KEY_PREFIX));
         let known = match (api_key, session) {
+            // Who is no platform admin any more gets no answer from when they were.
+            _ if realm == Realm::Platform => self
+                .authenticate_platform(bearer)
+                .await
+                .map(|principal| (Some(principal.team), actor_id(principal))),
             // A session may be in no team, and create one.
             (None, Some(token)) => self.authenticate_session(Some(token)).await.map(|session| {
                 let team = session.team.map(|(team, _)| team);
                 (team, format!("{}", session.user))
             }),
-            (api_key, _) => self.authenticate_key(api_key.or(bearer)).await.map(|principal| {
-                let actor = AuditActor::from(principal.actor).id.unwrap_or_default();
-                (Some(principal.team), actor)
-            }),
+            (api_key, _) => self
+                .authenticate_key(api_key.or(bearer))
+                .await
+                .map(|principal| (Some(principal.team), actor_id(principal))),
         };
         let (team, actor) = match known {
             Ok(known) => known,
@@ -182,6 +188,10 @@ impl Services {
             ),
         }
     }
+}
+
+fn actor_id(principal: Principal) -> String {
+    AuditActor::from(principal.actor).id.unwrap_or_default()
 }
 
 /// The request itself is done either way; a repetition may then execute it again.

@@ -147,13 +147,14 @@ impl Store {
         self.db.execute_raw(statement).await.map(drop)
     }
 
-    /// Removes what was written for a team after it had been emptied: a sample that was under way, say.
-    pub(crate) async fn deleted_teams_forget(&self) -> Result<(), DbErr> {
+    /// Removes what was written for a team after it had been emptied: a sample that was under way, say. That happens
+    /// within moments, so only teams that were deleted after `since` are looked at.
+    pub(crate) async fn deleted_teams_forget(&self, since: Millis) -> Result<(), DbErr> {
         for table in TEAM_TABLES {
             let deleted = Query::select()
                 .column(team::Column::Id)
                 .from(team::Entity)
-                .and_where(team::Column::DeletedAt.is_not_null())
+                .and_where(team::Column::DeletedAt.gte(since))
                 .to_owned();
             self.purge_table(table, Expr::col("team_id").in_subquery(deleted))
                 .await?;

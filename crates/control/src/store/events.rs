@@ -39,6 +39,11 @@ pub(super) async fn record(db: &impl ConnectionTrait, new: NewEvent) -> Result<(
     .map(drop)
 }
 
+/// Kinds that this version knows. Those of a newer one wait for a leader that does, and hold up nothing.
+fn known() -> Condition {
+    Condition::all().add(event::Column::Kind.is_in(EventKind::ALL.map(EventKind::as_str)))
+}
+
 impl Store {
     /// Gives events that have none yet their place in the order, at most `limit` of them; returns the teams that have
     /// something new, and whether there may be more.
@@ -101,6 +106,7 @@ impl Store {
         event::Entity::find()
             .filter(event::Column::Seq.is_not_null())
             .filter(event::Column::ConsumedAt.is_null())
+            .filter(known())
             .filter(
                 Condition::any()
                     .add(event::Column::PublishedAt.is_null())
@@ -172,6 +178,7 @@ impl Store {
         event::Entity::find()
             .filter(event::Column::TeamId.eq(team.0))
             .filter(event::Column::Seq.gt(after))
+            .filter(known())
             .order_by_asc(event::Column::Seq)
             .limit(limit)
             .all(&self.db)

@@ -419,10 +419,22 @@ impl Store {
             .one(&self.db)
             .await?;
         let Some(known) = platform else { return Ok(()) };
-        template_host::Entity::insert(holder(id, host, status, detail, progress_pct, size_bytes))
-            .on_conflict(holder_conflict())
-            .exec_without_returning(&self.db)
+        let held = template_host::Entity::find_by_id((id.0, host.0))
+            .one(&self.db)
             .await?;
+        // Heartbeats mostly repeat what the last one said, and reading is cheaper than writing.
+        let repeated = held.is_some_and(|held| {
+            held.status == status_word(status)
+                && held.detail == detail
+                && held.progress_pct == int(progress_pct.min(100))
+                && held.size_bytes == big(size_bytes)
+        });
+        if !repeated {
+            template_host::Entity::insert(holder(id, host, status, detail, progress_pct, size_bytes))
+                .on_conflict(holder_conflict())
+                .exec_without_returning(&self.db)
+                .await?;
+        }
         let mut update = Entity::update_many()
             .col_expr(Column::Status, status_word(status).into())
             .col_expr(Column::Detail, detail.into())

@@ -260,11 +260,53 @@ pub fn id(text: &str) -> SandboxId {
     text.parse().expect("a sandbox id")
 }
 
+/// Sends a request; returns the status and the JSON body (or null). An answer that the document does not describe fails
+/// the test.
 pub async fn answer(request: reqwest::RequestBuilder) -> (u16, Value) {
-    let response = request.send().await.expect("an answer");
+    let (client, request) = request.build_split();
+    let request = request.expect("a request");
+    let (method, url) = (request.method().clone(), request.url().clone());
+    let response = client.execute(request).await.expect("an answer");
     let status = response.status().as_u16();
+    described(&method, url.path(), status);
     let text = response.text().await.expect("a body");
     (status, serde_json::from_str(&text).unwrap_or(Value::Null))
+}
+
+/// Fails for a status that the document does not have for this request.
+pub fn described(method: &reqwest::Method, path: &str, status: u16) {
+    static DOCUMENT: std::sync::LazyLock<Value> = std::sync::LazyLock::new(|| {
+        let text = wrenn_control::openapi_json().expect("a document");
+        serde_json::from_str(&text).expect("JSON")
+    });
+    let segments: Vec<&str> = path.split('/').collect();
+    let paths = DOCUMENT["paths"].as_object().expect("paths");
+    let fits = |route: &&String| {
+        let route: Vec<&str> = route.split('/').collect();
+        route.len() == segments.len()
+            && route
+                .iter()
+                .zip(&segments)
+                .all(|(wanted, given)| wanted == given || wanted.starts_with('{') && !given.is_empty())
+    };
+    // A word in a path is meant before a parameter.
+    let route = paths
+        .keys()
+        .filter(fits)
+        .min_by_key(|route| route.matches('{').count());
+    let Some(route) = route else { return };
+    let operation = &paths[route][method.as_str().to_lowercase()];
+    if operation.is_null() {
+        assert_eq!(
+            status, 405,
+            "{method} {route} is not described, and did something"
+        );
+        return;
+    }
+    assert!(
+        !operation["responses"][status.to_string()].is_null(),
+        "{method} {route} answered {status}, which the document does not have"
+    );
 }
 
 /// A person with a session and a team of their own.

@@ -20,8 +20,7 @@ use serde::Deserialize;
 use wrenn_proto::rest::{ClientFrame, ServerFrame};
 
 use super::extract::SocketCaller;
-use crate::api::extract::Realm;
-use crate::domain::Principal;
+use crate::domain::{Principal, Realm};
 use crate::service::Services;
 use crate::{Error, ErrorCode};
 
