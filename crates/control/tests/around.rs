@@ -1515,6 +1515,12 @@ async fn a_sandbox_s_life_is_told_to_its_team_s_channels() {
         .map(|seen| {
             let body: Value = serde_json::from_str(&seen.body).expect("JSON");
             assert_eq!(body["resource"]["id"].as_str(), Some(&*id), "{body}");
+            let actor = &body["details"]["actor"];
+            assert_eq!(actor["type"], "api_key", "{body}");
+            assert!(
+                actor["id"].as_str().is_some_and(|id| id.starts_with("key-")) && actor["name"].is_string(),
+                "{body}"
+            );
             body["event"].as_str().expect("an event").to_owned()
         })
         .collect();

@@ -43,7 +43,7 @@ pub struct Principal {
     pub actor: Actor,
 }
 
-/// Who does something; the audit log names it.
+/// Who does something; the audit log and events name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Actor {
     /// A person with a session.
@@ -161,6 +161,8 @@ pub struct Sandbox {
     pub updated_at: Millis,
     /// When the status last changed.
     pub status_at: Millis,
+    /// Who made the newest decision about it; the platform by itself when absent.
+    pub actor: Option<Actor>,
 }
 
 /// A template.

@@ -13,7 +13,7 @@ use wrenn_proto::hostagent;
 
 use super::Services;
 use crate::domain::lifecycle::{Source, Verdict, apply_report};
-use crate::domain::{Failure, HostId, Sandbox, SandboxId, SandboxStatus, TemplateId, now};
+use crate::domain::{Actor, Failure, HostId, Sandbox, SandboxId, SandboxStatus, TemplateId, now};
 use crate::events::Event;
 use crate::hosts::{Needs, rpc};
 use crate::store::{Change, Finish, Guard, Made, Outcome};
@@ -88,7 +88,7 @@ impl Services {
             SandboxStatus::Pending => {
                 // Stale: somebody decided otherwise, and looking again shows what.
                 let _: Outcome = self
-                    .settle(sandbox, Change::decide(SandboxStatus::Starting))
+                    .settle(sandbox, Change::decide(SandboxStatus::Starting, sandbox.actor))
                     .await?;
                 Ok(Step::Again)
             }
@@ -154,7 +154,7 @@ impl Services {
                 .await;
             if let Ok(host) = placed {
                 // A new decision: what the first host may still have under the old one is an orphan there.
-                let change = Change::decide(SandboxStatus::Starting).host(host.id);
+                let change = Change::decide(SandboxStatus::Starting, sandbox.actor).host(host.id);
                 let _: Outcome = self.settle(sandbox, change).await?;
                 return Ok(Step::Again);
             }
@@ -251,12 +251,16 @@ impl Services {
                 };
                 let mut change = Change::to(back);
                 // The template first: a crash between the two repeats the (finished) request.
-                match self.store.template_finish(template, host, made).await? {
+                match self
+                    .store
+                    .template_finish(template, host, made, sandbox.actor)
+                    .await?
+                {
                     Finish::Done | Finish::Gone => {}
                     // Its files are on the host already, so it goes as any other template does.
                     Finish::Taken => {
                         self.store
-                            .template_mark_deleting(template, &template.to_string())
+                            .template_mark_deleting(template, &template.to_string(), sandbox.actor)
                             .await?;
                         change = change.failure(Some(Failure {
                             code: ErrorCode::Conflict.as_str().to_owned(),
@@ -275,7 +279,7 @@ impl Services {
             }
             Err(error) if rpc::is_ambiguous(&error) => self.unanswered(sandbox, &error),
             Err(error) => {
-                self.store.template_forget(template).await?;
+                self.store.template_forget(template, sandbox.actor).await?;
                 self.ask(sandbox, Some(error)).await
             }
         }
@@ -413,6 +417,7 @@ impl Services {
         &self,
         id: TemplateId,
         team: crate::domain::TeamId,
+        actor: Option<Actor>,
     ) -> std::result::Result<(), ConnectError> {
         let internal = |error: sea_orm::DbErr| ConnectError::internal(error.to_string());
         for host in self.store.template_holders(id).await.map_err(internal)? {
@@ -438,7 +443,7 @@ impl Services {
                 .await
                 .map_err(internal)?;
         }
-        self.store.template_forget(id).await.map_err(internal)
+        self.store.template_forget(id, actor).await.map_err(internal)
     }
 }
 

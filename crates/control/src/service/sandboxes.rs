@@ -96,6 +96,7 @@ impl Services {
             last_active_at: None,
             updated_at: now,
             status_at: now,
+            actor: Some(principal.actor),
         };
         if !self.store.sandbox_insert(&sandbox).await? {
             return Err(super::teams::team_gone());
@@ -159,7 +160,7 @@ impl Services {
                 }
                 Action::Begin { to, previous } => (to, previous),
             };
-            let mut change = Change::decide(to).previous(previous);
+            let mut change = Change::decide(to, Some(principal.actor)).previous(previous);
             if let Some(template) = snapshot {
                 change = change.snapshot(template);
             }
@@ -181,6 +182,7 @@ impl Services {
                             snapshot,
                             updated_at: now,
                             status_at: now,
+                            actor: Some(principal.actor),
                             ..sandbox
                         },
                         generation,

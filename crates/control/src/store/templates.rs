@@ -12,7 +12,7 @@ use super::entity::{template_alias, template_host};
 use super::events::record;
 use super::{Store, big, corrupt, int, unsigned};
 use crate::domain::event::{EventKind, EventOutcome, EventPayload, NewEvent};
-use crate::domain::{HostId, TeamId, Template, TemplateId, TemplateKind, TemplateStatus, now};
+use crate::domain::{Actor, HostId, TeamId, Template, TemplateId, TemplateKind, TemplateStatus, now};
 
 /// Marks a template whose files are being removed; clients do not see it any more.
 pub(super) const DELETING: &str = "deleting";
@@ -200,11 +200,12 @@ impl Store {
         id: TemplateId,
         host: HostId,
         made: Made,
+        actor: Option<Actor>,
     ) -> Result<Finish, DbErr> {
         let mut refused = None;
         // Another snapshot can take the name between the look at its holder and the renaming; looking again finds it.
         for _ in 0..4 {
-            match self.template_try_finish(id, host, made).await {
+            match self.template_try_finish(id, host, made, actor).await {
                 Err(error) if super::is_duplicate(&error) => refused = Some(error),
                 other => return other,
             }
@@ -213,7 +214,13 @@ impl Store {
         Ok(Finish::Taken)
     }
 
-    async fn template_try_finish(&self, id: TemplateId, host: HostId, made: Made) -> Result<Finish, DbErr> {
+    async fn template_try_finish(
+        &self,
+        id: TemplateId,
+        host: HostId,
+        made: Made,
+        actor: Option<Actor>,
+    ) -> Result<Finish, DbErr> {
         let Some(row) = Entity::find_by_id(id.0)
             .filter(Column::Status.ne(DELETING))
             .one(&self.db)
@@ -284,7 +291,7 @@ impl Store {
             let name = row.final_name.as_deref().unwrap_or(&row.name);
             record(
                 &transaction,
-                snapshot_event(EventKind::SnapshotCreate, id, TeamId(row.team_id), name),
+                snapshot_event(EventKind::SnapshotCreate, id, TeamId(row.team_id), name, actor),
             )
             .await?;
         }
@@ -294,7 +301,7 @@ impl Store {
 
     /// Forgets a template's row; its holders' rows go with it. A snapshot that clients could see until now is told of
     /// as deleted.
-    pub(crate) async fn template_forget(&self, id: TemplateId) -> Result<(), DbErr> {
+    pub(crate) async fn template_forget(&self, id: TemplateId, actor: Option<Actor>) -> Result<(), DbErr> {
         let Some(row) = Entity::find_by_id(id.0).one(&self.db).await? else {
             return Ok(());
         };
@@ -306,7 +313,13 @@ impl Store {
         {
             record(
                 &transaction,
-                snapshot_event(EventKind::SnapshotDelete, id, TeamId(row.team_id), &row.name),
+                snapshot_event(
+                    EventKind::SnapshotDelete,
+                    id,
+                    TeamId(row.team_id),
+                    &row.name,
+                    actor,
+                ),
             )
             .await?;
         }
@@ -314,7 +327,12 @@ impl Store {
     }
 
     /// Hides a template from clients and frees its name, before its files are removed.
-    pub(crate) async fn template_mark_deleting(&self, id: TemplateId, name: &str) -> Result<bool, DbErr> {
+    pub(crate) async fn template_mark_deleting(
+        &self,
+        id: TemplateId,
+        name: &str,
+        actor: Option<Actor>,
+    ) -> Result<bool, DbErr> {
         let transaction = self.db.begin().await?;
         let updated = Entity::update_many()
             .col_expr(Column::Status, DELETING.into())
@@ -333,7 +351,7 @@ impl Store {
         {
             record(
                 &transaction,
-                snapshot_event(EventKind::SnapshotDelete, id, TeamId(row.team_id), name),
+                snapshot_event(EventKind::SnapshotDelete, id, TeamId(row.team_id), name, actor),
             )
             .await?;
         }
@@ -389,7 +407,10 @@ impl Store {
             .await?;
         let mut count = 0;
         for row in abandoned {
-            count += u64::from(self.template_mark_deleting(TemplateId(row.id), &row.name).await?);
+            count += u64::from(
+                self.template_mark_deleting(TemplateId(row.id), &row.name, None)
+                    .await?,
+            );
         }
         Ok(count)
     }
@@ -445,7 +466,13 @@ impl Store {
     }
 }
 
-fn snapshot_event(kind: EventKind, id: TemplateId, team: TeamId, name: &str) -> NewEvent {
+fn snapshot_event(
+    kind: EventKind,
+    id: TemplateId,
+    team: TeamId,
+    name: &str,
+    actor: Option<Actor>,
+) -> NewEvent {
     NewEvent {
         team,
         kind,
@@ -455,6 +482,7 @@ fn snapshot_event(kind: EventKind, id: TemplateId, team: TeamId, name: &str) -> 
             name: Some(name.to_owned()),
             ..EventPayload::default()
         },
+        actor,
     }
 }
 
