@@ -271,6 +271,46 @@ async fn failures_and_snapshots_are_told_to_their_team_alone() {
     assert_eq!(world.call("DELETE", "/v1/snapshots/kept", None).await.0, 204);
     follower.until("template.snapshot.delete").await;
 
+    // One that its host cannot make, and one whose sandbox is destroyed meanwhile.
+    world.host.fail(
+        Call::CreateSnapshot,
+        connectrpc::ConnectError::internal("no room for the memory"),
+    );
+    let body = json!({"sandbox_id": sandbox, "name": "half"});
+    let (status, body) = world.post("/v1/snapshots?wait=20", body).await;
+    assert!(status >= 400, "{body}");
+    let seen = follower.until("template.snapshot.create").await;
+    let (_, _, failed) = seen.last().expect("messages");
+    assert_eq!(failed["outcome"], "error", "{failed}");
+    assert_eq!(failed["metadata"]["name"], "half", "{failed}");
+    assert_eq!(failed["actor"]["type"], "api_key", "{failed}");
+    assert!(
+        failed["error"]
+            .as_str()
+            .is_some_and(|why| why.contains("no room for the memory")),
+        "{failed}"
+    );
+    let doomed = world.sandbox().await;
+    world.host.hold(Call::CreateSnapshot);
+    let body = json!({"sandbox_id": doomed, "name": "never"});
+    assert_eq!(world.post("/v1/snapshots?wait=0", body).await.0, 202);
+    world.host.wait_arrived(Call::CreateSnapshot, 3).await;
+    let path = format!("/v1/sandboxes/{doomed}");
+    world.call("DELETE", &path, None).await;
+    let gone = format!("/v1/sandboxes/{doomed}?wait=20");
+    assert_eq!(world.get(&gone).await.1["status"], "stopped");
+    world.running.control.reconcile().await.expect("a pass");
+    // What the host says of it now is no news.
+    world.host.release(Call::CreateSnapshot);
+    let seen = follower.until("template.snapshot.create").await;
+    let (_, _, failed) = seen.last().expect("messages");
+    assert_eq!(
+        (&failed["outcome"], &failed["metadata"]["name"]),
+        (&json!("error"), &json!("never")),
+        "{failed}"
+    );
+    assert!(failed["error"].is_string(), "{failed}");
+
     // The other team hears of its own only.
     let response = world
         .http

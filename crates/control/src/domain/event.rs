@@ -217,10 +217,10 @@ impl StateEvent {
                 SandboxStatus::Stopped => ChannelEventKind::CapsuleDestroyed,
                 _ => return None,
             },
-            EventKind::SnapshotCreate if self.outcome == Some(EventOutcome::Success) => {
-                ChannelEventKind::SnapshotCreated
-            }
-            EventKind::SnapshotCreate => return None,
+            EventKind::SnapshotCreate => match self.outcome? {
+                EventOutcome::Success => ChannelEventKind::SnapshotCreated,
+                EventOutcome::Error => ChannelEventKind::SnapshotFailed,
+            },
             EventKind::SnapshotDelete => ChannelEventKind::SnapshotDeleted,
             EventKind::HostUp => ChannelEventKind::HostUp,
             EventKind::HostDown => ChannelEventKind::HostDown,

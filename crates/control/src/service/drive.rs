@@ -28,6 +28,9 @@ enum Step {
     Rest,
 }
 
+/// Why a snapshot failed that came to its name too late.
+const NAME_TAKEN: &str =
+    "another template of this name was begun while the snapshot was made; it has the name now";
 /// Most hosts that one start is tried on.
 const MAX_PLACEMENTS: usize = 4;
 
@@ -259,14 +262,13 @@ impl Services {
                     Finish::Done | Finish::Gone => {}
                     // Its files are on the host already, so it goes as any other template does.
                     Finish::Taken => {
+                        let name = template.to_string();
                         self.store
-                            .template_mark_deleting(template, &template.to_string(), sandbox.actor)
+                            .template_mark_deleting(template, &name, sandbox.actor, Some(NAME_TAKEN))
                             .await?;
                         change = change.failure(Some(Failure {
                             code: ErrorCode::Conflict.as_str().to_owned(),
-                            message: "another template of this name was begun while the snapshot was made; \
-                                      it has the name now"
-                                .to_owned(),
+                            message: NAME_TAKEN.to_owned(),
                             console: None,
                             generation: sandbox.generation,
                         }));
@@ -279,7 +281,12 @@ impl Services {
             }
             Err(error) if rpc::is_ambiguous(&error) => self.unanswered(sandbox, &error),
             Err(error) => {
-                self.store.template_forget(template, sandbox.actor).await?;
+                let why = rpc::failure(error.clone(), sandbox.generation).message;
+                self.store
+                    .template_forget(template, sandbox.actor, Some(&why))
+                    .await?;
+                // Whoever follows the events hears of it even if the sandbox's own record stays as it is.
+                self.bus.publish(Event::Outbox);
                 self.ask(sandbox, Some(error)).await
             }
         }
@@ -443,7 +450,10 @@ impl Services {
                 .await
                 .map_err(internal)?;
         }
-        self.store.template_forget(id, actor).await.map_err(internal)
+        self.store
+            .template_forget(id, actor, None)
+            .await
+            .map_err(internal)
     }
 }
 

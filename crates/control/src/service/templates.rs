@@ -144,7 +144,7 @@ impl Services {
         {
             Ok(accepted) => accepted,
             Err(error) => {
-                self.store.template_forget(template.id, None).await?;
+                self.store.template_forget(template.id, None, None).await?;
                 return Err(error);
             }
         };
@@ -206,7 +206,7 @@ impl Services {
             // Its host is away: hidden at once, removed when the host is back.
             Err(error) if rpc::is_ambiguous(&error) => {
                 self.store
-                    .template_mark_deleting(template.id, &template.name, Some(actor))
+                    .template_mark_deleting(template.id, &template.name, Some(actor), None)
                     .await?;
                 self.poke();
                 Ok(())

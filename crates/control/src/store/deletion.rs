@@ -193,7 +193,7 @@ impl Store {
             query = query.filter(template::Column::Status.ne("building"));
         }
         for row in query.all(&self.db).await? {
-            self.template_mark_deleting(TemplateId(row.id), &row.name, None)
+            self.template_mark_deleting(TemplateId(row.id), &row.name, None, None)
                 .await?;
         }
         Ok(())

@@ -7,7 +7,8 @@ body! {
     /// Wrenn SDK accepts.
     pub struct StreamEvent {
         /// `connected` (the first message), `capsule.create`, `capsule.pause`, `capsule.resume`, `capsule.destroy`,
-        /// `capsule.state.changed`, `template.snapshot.create`, `template.snapshot.delete`, `host.up` or `host.down`.
+        /// `capsule.state.changed`, `template.snapshot.create` (ready, or failed: `outcome` and `error` say),
+        /// `template.snapshot.delete`, `host.up` or `host.down`.
         pub event: String,
         /// How an action ended: `success` or `error`; absent for what is no action.
         #[serde(default, skip_serializing_if = "Option::is_none")]
