@@ -48,6 +48,7 @@ impl Fixture {
         config.timings.shutdown_grace = Duration::from_millis(500);
         // The tests step these by hand; samples come by the clock, so that an hour could just be ending.
         config.around.sample_interval = Duration::from_secs(1_000_000_000);
+        config.around.sandbox_metrics_interval = Duration::from_secs(1_000_000_000);
         config.around.usage_interval = Duration::from_secs(3600);
         config.around.delivery_backoff = Duration::ZERO;
         config.around.allow_private_webhooks = true;

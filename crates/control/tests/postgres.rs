@@ -18,6 +18,8 @@ mod deletion;
 mod events;
 #[path = "lifecycle.rs"]
 mod lifecycle;
+#[path = "metrics.rs"]
+mod metrics;
 #[path = "sockets.rs"]
 mod sockets;
 #[path = "teams.rs"]

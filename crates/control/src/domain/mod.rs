@@ -9,6 +9,7 @@ pub mod around;
 pub(crate) mod event;
 pub mod lifecycle;
 pub mod membership;
+pub mod metrics;
 pub mod team;
 
 use std::collections::BTreeMap;

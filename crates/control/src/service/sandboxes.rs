@@ -266,42 +266,6 @@ impl Services {
         Ok(())
     }
 
-    /// Samples since a moment, oldest first.
-    pub async fn metrics(
-        &self,
-        principal: Principal,
-        id: &str,
-        since: Millis,
-    ) -> Result<(Sandbox, Vec<hostagent::MetricsPoint>)> {
-        let sandbox = self.sandbox(principal, id).await?;
-        match sandbox.status {
-            SandboxStatus::Stopped | SandboxStatus::Stopping => return Err(Error::not_found("sandbox", id)),
-            SandboxStatus::Pending
-            | SandboxStatus::Starting
-            | SandboxStatus::Error
-            | SandboxStatus::Missing => {
-                return Ok((sandbox, Vec::new()));
-            }
-            SandboxStatus::Running
-            | SandboxStatus::Pausing
-            | SandboxStatus::Paused
-            | SandboxStatus::Snapshotting
-            | SandboxStatus::Resuming
-            | SandboxStatus::Hibernated => {}
-        }
-        let client = self.client_of(&sandbox).await?;
-        let request = hostagent::GetMetricsRequest {
-            sandbox_id: sandbox.id.to_string(),
-            since_ms: since,
-            ..Default::default()
-        };
-        let answer = client
-            .get_metrics_with_options(request, self.short())
-            .await
-            .map_err(rpc::error)?;
-        Ok((sandbox, answer.into_owned().points))
-    }
-
     /// Options of a short RPC.
     pub(crate) fn short(&self) -> connectrpc::client::CallOptions {
         connectrpc::client::CallOptions::default().with_timeout(self.config.timings.short_rpc)

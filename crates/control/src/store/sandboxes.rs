@@ -378,6 +378,9 @@ impl Store {
             .await?;
         if result.rows_affected == 1 {
             super::usage::apply(&transaction, id, super::usage::usage_step(guard.status, to), now).await?;
+            if to == SandboxStatus::Stopped {
+                super::sandbox_metrics::forget(&transaction, id).await?;
+            }
             // Another generation in the same status (a start on another host) is no change that anybody follows.
             if guard.status != to {
                 record(&transaction, told).await?;
