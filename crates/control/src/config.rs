@@ -254,6 +254,8 @@ pub struct Around {
     pub audit_keep: Duration,
     /// Between two samples of what teams hold.
     pub sample_interval: Duration,
+    /// Between two questions to all hosts what their sandboxes use.
+    pub sandbox_metrics_interval: Duration,
     /// Between two roll-ups of usage; also between two removals of what is too old.
     pub usage_interval: Duration,
     /// Between two looks for messages that are due; a new event starts one at once.
@@ -282,6 +284,7 @@ impl Default for Around {
             telegram_url: "https://api.telegram.org".to_owned(),
             audit_keep: DAY * 400,
             sample_interval: Duration::from_secs(10),
+            sandbox_metrics_interval: Duration::from_secs(15),
             usage_interval: Duration::from_secs(60),
             delivery_interval: Duration::from_secs(5),
             delivery_timeout: Duration::from_secs(10),

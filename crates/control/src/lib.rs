@@ -326,6 +326,14 @@ impl ControlPlane {
         self.services.sample_pass(at).await
     }
 
+    /// Asks all hosts now what their sandboxes use, as of the given time.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn collect_sandbox_metrics(&self, at: domain::Millis) -> Result<()> {
+        self.services.sandbox_metrics_pass(at).await
+    }
+
     /// Adds running times up to the given moment to the days' usage.
     ///
     /// # Errors

@@ -17,6 +17,7 @@ pub use wrenn_proto::{hostagent, rest};
 
 pub use crate::domain::around::{AuditActor, AuditEntry, Channel, ChannelEvent};
 pub use crate::domain::lifecycle::Request;
+pub use crate::domain::metrics::MetricPoint;
 pub use crate::domain::team::{ApiKey, Member, Team};
 pub use crate::domain::{Actor, Host, HostStatus, Principal, Role, Sandbox, Session, Template};
 pub use crate::service::Services;
@@ -26,6 +27,7 @@ pub use crate::service::files::{FileStream, FileTarget};
 pub use crate::service::processes::{
     ExecOutcome, Input, ProcessEvent, ProcessHandle, ProcessStream, Selector, Spec,
 };
+pub use crate::service::sandbox_metrics::MetricsRange;
 pub use crate::service::sandboxes::{Accepted, ListSandboxes};
 pub use crate::service::usage::{DayUse, Range, TeamStats};
 pub use crate::store::{AuditFilter, Held};

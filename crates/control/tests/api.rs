@@ -853,13 +853,25 @@ async fn aliases_are_data() {
 async fn metrics_and_documents_are_served() {
     let world = World::new().await;
     let sandbox = world.sandbox().await;
+    let at = wrenn_control::domain::now();
+    let sample = wrenn_proto::hostagent::MetricsPoint {
+        timestamp_ms: at,
+        cpu_pct: f64::NAN,
+        mem_bytes: 1,
+        disk_bytes: 2,
+        ..Default::default()
+    };
+    world.host.with(|model| {
+        let sandbox = model.sandboxes.get_mut(&common::id(&sandbox)).expect("a sandbox");
+        sandbox.samples.push(sample);
+    });
     let (status, body) = world
         .get(&format!("/v1/sandboxes/{sandbox}/metrics?range=1h"))
         .await;
     assert_eq!((status, &body["range"]), (200, &json!("1h")), "{body}");
     assert_eq!(
         body["points"],
-        json!([{"timestamp_unix": 1, "cpu_pct": 0.0, "mem_bytes": 1, "disk_bytes": 2}])
+        json!([{"timestamp_unix": at / 15_000 * 15, "cpu_pct": 0.0, "mem_bytes": 1, "disk_bytes": 2}])
     );
     assert_eq!(
         world

@@ -48,6 +48,7 @@ impl Fixture {
         config.timings.shutdown_grace = Duration::from_millis(500);
         // The tests step these by hand; samples come by the clock, so that an hour could just be ending.
         config.around.sample_interval = Duration::from_secs(1_000_000_000);
+        config.around.sandbox_metrics_interval = Duration::from_secs(1_000_000_000);
         config.around.usage_interval = Duration::from_secs(3600);
         config.around.delivery_backoff = Duration::ZERO;
         config.around.allow_private_webhooks = true;
@@ -1537,31 +1538,51 @@ async fn a_sandbox_s_life_is_told_to_its_team_s_channels() {
         "capsule.created",
         "capsule.running",
         "capsule.paused",
-        "capsule.destroyed"
+        "capsule.destroyed",
+        "template.snapshot.failed"
     ]);
     world.owned("POST", "/v1/channels", Some(channel)).await;
-    let keyed = |method: &str, path: String| {
+    let keyed = |method: &str, path: String, body: Value| {
         let method = reqwest::Method::from_bytes(method.as_bytes()).expect("a method");
         let request = world.http.request(method, format!("{}{path}", world.running.url));
         answer(
             request
                 .header("x-api-key", &world.key)
                 .timeout(DEADLINE)
-                .json(&json!({})),
+                .json(&body),
         )
     };
-    let (status, body) = keyed("POST", "/v1/sandboxes?wait=20".to_owned()).await;
+    let (status, body) = keyed("POST", "/v1/sandboxes?wait=20".to_owned(), json!({})).await;
     assert_eq!(status, 201, "{body}");
     let id = body["id"].as_str().expect("an id").to_owned();
-    keyed("POST", format!("/v1/sandboxes/{id}/pause?wait=20")).await;
-    keyed("DELETE", format!("/v1/sandboxes/{id}?wait=20")).await;
+    world.host.fail(
+        wrenn_testkit::simhost::Call::CreateSnapshot,
+        connectrpc::ConnectError::internal("the disk is full"),
+    );
+    let snapshot = json!({"sandbox_id": id, "name": "half"});
+    let (status, body) = keyed("POST", "/v1/snapshots?wait=20".to_owned(), snapshot).await;
+    assert!(status >= 400, "{body}");
+    keyed("POST", format!("/v1/sandboxes/{id}/pause?wait=20"), json!({})).await;
+    keyed("DELETE", format!("/v1/sandboxes/{id}?wait=20"), json!({})).await;
     let mut told: Vec<String> = sink
-        .until(&world, 4)
+        .until(&world, 5)
         .await
         .iter()
         .map(|seen| {
             let body: Value = serde_json::from_str(&seen.body).expect("JSON");
-            assert_eq!(body["resource"]["id"].as_str(), Some(&*id), "{body}");
+            if body["event"] == "template.snapshot.failed" {
+                assert_eq!(body["details"]["name"], "half", "{body}");
+                let why = body["details"]["error"].as_str().unwrap_or_default();
+                assert!(why.contains("the disk is full"), "{body}");
+            } else {
+                assert_eq!(body["resource"]["id"].as_str(), Some(&*id), "{body}");
+            }
+            let actor = &body["details"]["actor"];
+            assert_eq!(actor["type"], "api_key", "{body}");
+            assert!(
+                actor["id"].as_str().is_some_and(|id| id.starts_with("key-")) && actor["name"].is_string(),
+                "{body}"
+            );
             body["event"].as_str().expect("an event").to_owned()
         })
         .collect();
@@ -1572,7 +1593,8 @@ async fn a_sandbox_s_life_is_told_to_its_team_s_channels() {
             "capsule.created",
             "capsule.destroyed",
             "capsule.paused",
-            "capsule.running"
+            "capsule.running",
+            "template.snapshot.failed"
         ]
     );
     world.end().await;

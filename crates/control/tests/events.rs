@@ -140,6 +140,102 @@ async fn a_life_is_told_in_order() {
     assert_eq!(ids(&rest), ids(&seen[5..]));
 }
 
+/// Who caused each of these messages: the type of actor and its name.
+fn actors(messages: &[Message]) -> Vec<(&str, &str, &str)> {
+    messages
+        .iter()
+        .map(|(_, name, data)| {
+            let actor = &data["actor"];
+            assert_eq!(actor.get("id").is_some(), actor["type"] != "system", "{data}");
+            (
+                name.as_str(),
+                data["actor"]["type"].as_str().unwrap_or_default(),
+                data["actor"]["name"].as_str().unwrap_or_default(),
+            )
+        })
+        .collect()
+}
+
+#[tokio::test]
+async fn an_event_tells_whose_doing_it_is() {
+    let world = World::new().await;
+    let admin = world.session(world.bootstrap.user_id, None).await;
+    let (_, me) = world.call_as(&admin, "GET", "/v1/me", None).await;
+    let me = me["name"].as_str().expect("a name");
+    let (_, keys) = world.call_as(&admin, "GET", "/v1/api-keys", None).await;
+    let (key, key_id) = (
+        keys[0]["name"].as_str().expect("a name"),
+        keys[0]["id"].as_str().expect("an id"),
+    );
+    let mut follower = Follower::new(&world, None).await;
+    follower.message().await.expect("a first message");
+    let sandbox = world.sandbox().await;
+    let seen = follower.until("capsule.create").await;
+    assert_eq!(
+        actors(&seen),
+        [
+            ("capsule.state.changed", "api_key", key),
+            ("capsule.state.changed", "api_key", key),
+            ("capsule.create", "api_key", key),
+        ]
+    );
+    let (_, _, created) = seen.last().expect("messages");
+    assert_eq!(created["actor"]["id"], key_id, "{created}");
+
+    // Paused by a person; the end comes from a process that never saw the request.
+    world.host.hold(Call::Pause);
+    let path = format!("/v1/sandboxes/{sandbox}/pause");
+    assert_eq!(world.call_as(&admin, "POST", &path, Some(json!({}))).await.0, 202);
+    world.host.wait_arrived(Call::Pause, 1).await;
+    let mut heard = follower.until("capsule.state.changed").await;
+    let (last, ..) = heard[0];
+    drop(follower);
+    let world = world.restart().await;
+    world.host.release(Call::Pause);
+    let mut follower = Follower::new(&world, Some(last)).await;
+    follower.message().await.expect("a first message");
+    heard.extend(follower.until("capsule.pause").await);
+    assert_eq!(
+        actors(&heard),
+        [
+            ("capsule.state.changed", "user", me),
+            ("capsule.pause", "user", me)
+        ]
+    );
+
+    // What its host does by itself is nobody's; what is made of it then is the caller's again.
+    let path = format!("/v1/sandboxes/{sandbox}/resume?wait=20");
+    assert_eq!(world.post(&path, json!({})).await.0, 200);
+    follower.until("capsule.resume").await;
+    let generation = world
+        .host
+        .with(|model| model.sandboxes[&common::id(&sandbox)].generation);
+    let paused = wrenn_proto::rest::SandboxStatus::Paused;
+    world
+        .host
+        .event(common::id(&sandbox), generation, paused, "ttl_expired")
+        .await;
+    let seen = follower.until("capsule.pause").await;
+    assert_eq!(actors(&seen), [("capsule.pause", "system", "")]);
+    let body = json!({"sandbox_id": sandbox, "name": "kept"});
+    assert_eq!(world.post("/v1/snapshots?wait=20", body).await.0, 201);
+    assert_eq!(
+        actors(&follower.until("template.snapshot.create").await).last(),
+        Some(&("template.snapshot.create", "api_key", key))
+    );
+    assert_eq!(
+        world
+            .call_as(&admin, "DELETE", "/v1/snapshots/kept", None)
+            .await
+            .0,
+        204
+    );
+    assert_eq!(
+        actors(&follower.until("template.snapshot.delete").await).last(),
+        Some(&("template.snapshot.delete", "user", me))
+    );
+}
+
 #[tokio::test]
 async fn failures_and_snapshots_are_told_to_their_team_alone() {
     let world = World::new().await;
@@ -175,6 +271,46 @@ async fn failures_and_snapshots_are_told_to_their_team_alone() {
     assert_eq!(made["resource"], json!({"id": body["id"], "type": "snapshot"}));
     assert_eq!(world.call("DELETE", "/v1/snapshots/kept", None).await.0, 204);
     follower.until("template.snapshot.delete").await;
+
+    // One that its host cannot make, and one whose sandbox is destroyed meanwhile.
+    world.host.fail(
+        Call::CreateSnapshot,
+        connectrpc::ConnectError::internal("no room for the memory"),
+    );
+    let body = json!({"sandbox_id": sandbox, "name": "half"});
+    let (status, body) = world.post("/v1/snapshots?wait=20", body).await;
+    assert!(status >= 400, "{body}");
+    let seen = follower.until("template.snapshot.create").await;
+    let (_, _, failed) = seen.last().expect("messages");
+    assert_eq!(failed["outcome"], "error", "{failed}");
+    assert_eq!(failed["metadata"]["name"], "half", "{failed}");
+    assert_eq!(failed["actor"]["type"], "api_key", "{failed}");
+    assert!(
+        failed["error"]
+            .as_str()
+            .is_some_and(|why| why.contains("no room for the memory")),
+        "{failed}"
+    );
+    let doomed = world.sandbox().await;
+    world.host.hold(Call::CreateSnapshot);
+    let body = json!({"sandbox_id": doomed, "name": "never"});
+    assert_eq!(world.post("/v1/snapshots?wait=0", body).await.0, 202);
+    world.host.wait_arrived(Call::CreateSnapshot, 3).await;
+    let path = format!("/v1/sandboxes/{doomed}");
+    world.call("DELETE", &path, None).await;
+    let gone = format!("/v1/sandboxes/{doomed}?wait=20");
+    assert_eq!(world.get(&gone).await.1["status"], "stopped");
+    world.running.control.reconcile().await.expect("a pass");
+    // What the host says of it now is no news.
+    world.host.release(Call::CreateSnapshot);
+    let seen = follower.until("template.snapshot.create").await;
+    let (_, _, failed) = seen.last().expect("messages");
+    assert_eq!(
+        (&failed["outcome"], &failed["metadata"]["name"]),
+        (&json!("error"), &json!("never")),
+        "{failed}"
+    );
+    assert!(failed["error"].is_string(), "{failed}");
 
     // The other team hears of its own only.
     let response = world

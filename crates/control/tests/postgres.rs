@@ -20,6 +20,8 @@ mod events;
 mod input;
 #[path = "lifecycle.rs"]
 mod lifecycle;
+#[path = "metrics.rs"]
+mod metrics;
 #[path = "sockets.rs"]
 mod sockets;
 #[path = "teams.rs"]

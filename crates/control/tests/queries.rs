@@ -14,13 +14,17 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 use wrenn_control::{Bootstrap, ControlConfig, ControlPlane, MasterSecret};
 use wrenn_testkit::servers::Postgres;
-use wrenn_testkit::simhost::{Call, SimHost};
+use wrenn_testkit::simhost::{Call, SimHost, SimSandbox};
 
 /// Marks a test's own statements in the log.
 const OWN: &str = "/* the test's */";
 
+/// In the statement that authenticates a key.
+const KEY_LOOKUP: &str = "\"key_hash\" = ";
+
 /// Tables that grow with use; reading one of them from end to end is never right.
-const LARGE: [&str; 5] = [
+const LARGE: [&str; 6] = [
+    "sandbox_metrics",
     "sandboxes",
     "events",
     "audit_logs",
@@ -158,6 +162,14 @@ impl Setup {
                  SELECT gen_random_uuid(), id, gen_random_uuid(), '{{}}', 'delivered', 1, {now}, {now} \
                  FROM channels, generate_series(1, 10)"
             ),
+            // Every sandbox that runs or pauses has points of the last hour, and wide ones of the day.
+            format!(
+                "INSERT INTO sandbox_metrics (sandbox_id, team_id, width_ms, at, cpu_pct, mem_bytes, disk_bytes) \
+                 SELECT id, team_id, 15000, ({now} / 15000 - n * 4) * 15000, 1, 1, 1 \
+                 FROM sandboxes, generate_series(0, 19) AS n WHERE status <> 'stopped' UNION ALL \
+                 SELECT id, team_id, 300000, ({now} / 300000 - n) * 300000, 1, 1, 1 \
+                 FROM sandboxes, generate_series(1, 20) AS n WHERE status <> 'stopped'"
+            ),
             // A snapshot that nobody makes any more, so that the monitor has to look for its sandbox.
             format!(
                 "INSERT INTO templates (id, team_id, name, kind, status, detail, progress_pct, vcpus, memory_mb, \
@@ -260,7 +272,7 @@ async fn a_request_takes_as_many_statements_as_the_documentation_says() {
             let sent = setup
                 .during(async |plane| drop(plane.call(key, "GET", path, None).await))
                 .await;
-            if !sent.iter().any(|sql| sql.contains("\"team_api_keys\"")) {
+            if !sent.iter().any(|sql| sql.contains(KEY_LOOKUP)) {
                 return sent;
             }
         }
@@ -270,7 +282,7 @@ async fn a_request_takes_as_many_statements_as_the_documentation_says() {
         .during(async |plane| drop(plane.call(key, "GET", "/v1/sandboxes", None).await))
         .await;
     assert_eq!(first.len(), 2, "an unknown key and the list: {first:#?}");
-    assert!(first[0].contains("\"team_api_keys\""), "{first:#?}");
+    assert!(first[0].contains(KEY_LOOKUP), "{first:#?}");
 
     let mut created = Value::Null;
     let sent = setup
@@ -283,7 +295,7 @@ async fn a_request_takes_as_many_statements_as_the_documentation_says() {
     let end = sent.iter().position(|sql| sql == "COMMIT").expect("a commit");
     let accepted: Vec<_> = sent[..=end]
         .iter()
-        .filter(|sql| !sql.contains("\"team_api_keys\""))
+        .filter(|sql| !sql.contains(KEY_LOOKUP))
         .collect();
     assert_eq!(accepted.len(), 8, "{accepted:#?}");
 
@@ -342,7 +354,7 @@ async fn a_listing_takes_as_many_statements_for_many_rows_as_for_one() {
                 .during(async |plane| drop(plane.call(auth, "GET", path, None).await))
                 .await;
             // Whether the key was known is not the listing's.
-            let of_list = sent.iter().filter(|sql| !sql.contains("\"key_hash\" = "));
+            let of_list = sent.iter().filter(|sql| !sql.contains(KEY_LOOKUP));
             counts.insert(path, of_list.count());
         }
         counts
@@ -480,6 +492,30 @@ async fn no_hot_query_reads_a_large_table_from_end_to_end() {
             .await;
         note(path, scans);
     }
+    let sampled = setup.postgres.execute(&format!(
+        "SELECT id FROM sandboxes WHERE status = 'running' AND team_id = '{}' LIMIT 1",
+        team.0
+    ));
+    let sampled: wrenn_proto::id::SandboxId = format!("sb-{sampled}").parse().expect("an id");
+    let scans = setup
+        .scans(async |setup| {
+            let mut stray = SimSandbox::stray(0);
+            stray.samples.push(wrenn_proto::hostagent::MetricsPoint {
+                timestamp_ms: millis(),
+                ..Default::default()
+            });
+            setup.host.with(|model| model.sandboxes.insert(sampled, stray));
+            let control = &setup.plane.control;
+            control.collect_sandbox_metrics(millis()).await.expect("a pass");
+            for range in ["10m", "24h"] {
+                let path = format!("/v1/sandboxes/{sampled}/metrics?range={range}");
+                let told = setup.plane.call(setup.key(), "GET", &path, None).await;
+                assert!(!told["points"].as_array().expect("points").is_empty(), "{told}");
+            }
+            setup.host.with(|model| model.sandboxes.remove(&sampled));
+        })
+        .await;
+    note("metrics of sandboxes", scans);
     setup.postgres.execute(
         "UPDATE channel_deliveries SET status = 'pending', next_at = 0 \
          WHERE id IN (SELECT id FROM channel_deliveries ORDER BY id LIMIT 20)",

@@ -561,6 +561,28 @@ impl HostAgent for Service {
         })
     }
 
+    async fn list_metrics<'a>(
+        &'a self,
+        _: RequestContext,
+        _: ServiceRequest<'_, ListMetricsRequest>,
+    ) -> ServiceResult<impl Encodable<ListMetricsResponse> + Send + use<'a>> {
+        let sandboxes = self
+            .manager
+            .newest_samples()
+            .into_iter()
+            .map(|(id, newest)| SandboxMetrics {
+                sandbox_id: id.to_string(),
+                newest: newest.into(),
+                ..Default::default()
+            })
+            .collect();
+        Response::ok(ListMetricsResponse {
+            now_ms: crate::manager::activity::now_ms(),
+            sandboxes,
+            ..Default::default()
+        })
+    }
+
     async fn get_host_status<'a>(
         &'a self,
         _: RequestContext,

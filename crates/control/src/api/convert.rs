@@ -34,6 +34,7 @@ pub(crate) fn sandbox(sandbox: Sandbox) -> rest::Sandbox {
         last_active_at,
         updated_at,
         status_at: _,
+        actor: _,
     } = sandbox;
     rest::Sandbox {
         id: id.to_string(),

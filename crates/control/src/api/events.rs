@@ -12,12 +12,12 @@ use futures::stream;
 use tokio::time::Instant;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
-use wrenn_proto::rest::{ErrorBody, EventResource, StreamEvent};
+use wrenn_proto::rest::{self, ErrorBody, EventResource, StreamEvent};
 
 use super::convert;
 use super::error::ApiResult;
 use super::extract::Caller;
-use crate::domain::event::StateEvent;
+use crate::domain::event::{EventActor, StateEvent};
 use crate::domain::{Principal, Sandbox, now, timestamp};
 use crate::events::Subscription;
 use crate::service::Services;
@@ -157,6 +157,7 @@ fn connected(after: i64) -> Message {
         event: "connected".to_owned(),
         outcome: None,
         resource: None,
+        actor: None,
         metadata: BTreeMap::new(),
         error: None,
         sandbox: None,
@@ -173,6 +174,7 @@ fn message((event, sandbox): (StateEvent, Option<Sandbox>)) -> Message {
         outcome,
         resource,
         payload,
+        actor,
         at,
     } = event;
     let crate::domain::event::EventPayload {
@@ -193,6 +195,7 @@ fn message((event, sandbox): (StateEvent, Option<Sandbox>)) -> Message {
             id: resource,
             kind: kind.resource_type().to_owned(),
         }),
+        actor: actor.map(|EventActor { kind, id, name }| rest::EventActor { kind, id, name }),
         metadata: metadata
             .into_iter()
             .filter_map(|(name, value)| Some((name.to_owned(), value?)))

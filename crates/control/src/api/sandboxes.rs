@@ -13,8 +13,8 @@ use super::error::ApiResult;
 use super::extract::{Body, Caller, Params, Segments, Wait};
 use crate::Error;
 use crate::domain::lifecycle::Request;
-use crate::domain::now;
 use crate::service::Services;
+use crate::service::sandbox_metrics::MetricsRange;
 use crate::service::sandboxes::{Accepted, ListSandboxes};
 
 /// How long pause and resume wait under `/v1/capsules` when the client says nothing: the older line of
@@ -254,6 +254,9 @@ pub(crate) struct MetricsParams {
 }
 
 /// Get a sandbox's use of CPU, memory and disk.
+///
+/// Up to two hours there is a point for every 15 s, beyond that for every 5 min: the mean of the CPU, and the most of memory
+/// and disk. A paused sandbox shows what it used before.
 #[utoipa::path(get, operation_id = "sandbox_metrics", path = "/{id}/metrics", tag = "sandboxes",
     params(("id" = String, Path, description = "`sb-{uuid}`"), MetricsParams), security(("api_key" = []), ("session" = [])), responses(
     (status = 200, body = Metrics),
@@ -266,35 +269,20 @@ pub(crate) async fn metrics(
     Segments(id): Segments<String>,
     Params(MetricsParams { range }): Params<MetricsParams>,
 ) -> ApiResult<Json<Metrics>> {
-    let range = range.unwrap_or_else(|| "10m".to_owned());
-    let minutes = match range.as_str() {
-        "5m" => 5,
-        "10m" => 10,
-        "1h" => 60,
-        "2h" => 120,
-        "6h" => 360,
-        "12h" => 720,
-        "24h" => 1440,
-        _ => return Err(Error::invalid("range must be one of 5m, 10m, 1h, 2h, 6h, 12h, 24h").into()),
-    };
-    let (sandbox, points) = services.metrics(caller, &id, now() - minutes * 60_000).await?;
+    let range = MetricsRange::parse(range.as_deref())?;
+    let (sandbox, points) = services.metrics(caller, &id, range).await?;
     let points = points
         .into_iter()
         .map(|point| MetricsPoint {
-            timestamp_unix: point.timestamp_ms.div_euclid(1000),
-            // JSON has no NaN; a guest that computed one used nothing.
-            cpu_pct: if point.cpu_pct.is_finite() {
-                point.cpu_pct.clamp(0.0, 100.0)
-            } else {
-                0.0
-            },
+            timestamp_unix: point.at.div_euclid(1000),
+            cpu_pct: point.cpu_pct,
             mem_bytes: point.mem_bytes,
             disk_bytes: point.disk_bytes,
         })
         .collect();
     Ok(Json(Metrics {
         sandbox_id: sandbox.id.to_string(),
-        range,
+        range: range.word.to_owned(),
         points,
     }))
 }

@@ -28,6 +28,23 @@ impl AuditActor {
     };
 }
 
+impl Actor {
+    /// The actor of a type and an id as they are stored; absent for what is none of a team's actors.
+    pub(crate) fn parse(kind: &str, id: &str) -> Option<Self> {
+        match ActorType::parse(kind)? {
+            ActorType::User => id.parse().ok().map(Self::User),
+            ActorType::ApiKey => id.parse().ok().map(Self::Key),
+            ActorType::System | ActorType::Anonymous => None,
+        }
+    }
+}
+
+impl From<Option<Actor>> for AuditActor {
+    fn from(actor: Option<Actor>) -> Self {
+        actor.map_or(Self::SYSTEM, Self::from)
+    }
+}
+
 impl From<Actor> for AuditActor {
     fn from(actor: Actor) -> Self {
         match actor {

@@ -2,8 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::around::{ChannelEvent, ChannelEventKind};
-use super::{Millis, SandboxStatus, TeamId};
+use super::around::{ActorType, ChannelEvent, ChannelEventKind};
+use super::{Actor, Millis, SandboxStatus, TeamId};
 
 /// The first half of the ids under which channels tell events; the second is the event's place.
 const CHANNEL_IDS: u64 = 0x0077_7265_6e6e_6576;
@@ -127,6 +127,19 @@ pub(crate) struct EventPayload {
     pub(crate) error: Option<String>,
 }
 
+/// Who caused an event, as its readers see it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct EventActor {
+    #[serde(rename = "type")]
+    pub(crate) kind: ActorType,
+    /// Its id with its prefix; the platform has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) id: Option<String>,
+    /// The name that it had then, or else the address.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) name: Option<String>,
+}
+
 /// An event before it has its place in the order.
 #[derive(Debug, Clone)]
 pub(crate) struct NewEvent {
@@ -137,13 +150,16 @@ pub(crate) struct NewEvent {
     /// The resource's id in its prefixed form.
     pub(crate) resource: String,
     pub(crate) payload: EventPayload,
+    /// Whose doing it is; the platform's own when absent.
+    pub(crate) actor: Option<Actor>,
 }
 
 impl NewEvent {
-    /// A sandbox's change of status.
+    /// A sandbox's change of status. `decided` is who made the newest decision about it.
     pub(crate) fn sandbox(
         team: TeamId,
         sandbox: super::SandboxId,
+        decided: Option<Actor>,
         from: Option<SandboxStatus>,
         to: SandboxStatus,
         failure: Option<&str>,
@@ -153,6 +169,7 @@ impl NewEvent {
             team,
             kind,
             outcome,
+            actor: decided.filter(|_| is_decided(from, to)),
             resource: sandbox.to_string(),
             payload: EventPayload {
                 from,
@@ -176,6 +193,9 @@ pub(crate) struct StateEvent {
     /// The resource's id in its prefixed form.
     pub(crate) resource: String,
     pub(crate) payload: EventPayload,
+    /// Who caused it; unknown in events of older versions.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) actor: Option<EventActor>,
     /// When it happened.
     pub(crate) at: Millis,
 }
@@ -198,14 +218,19 @@ impl StateEvent {
                 SandboxStatus::Stopped => ChannelEventKind::CapsuleDestroyed,
                 _ => return None,
             },
-            EventKind::SnapshotCreate if self.outcome == Some(EventOutcome::Success) => {
-                ChannelEventKind::SnapshotCreated
-            }
-            EventKind::SnapshotCreate => return None,
+            EventKind::SnapshotCreate => match self.outcome? {
+                EventOutcome::Success => ChannelEventKind::SnapshotCreated,
+                EventOutcome::Error => ChannelEventKind::SnapshotFailed,
+            },
             EventKind::SnapshotDelete => ChannelEventKind::SnapshotDeleted,
             EventKind::HostUp => ChannelEventKind::HostUp,
             EventKind::HostDown => ChannelEventKind::HostDown,
         };
+        let mut details = serde_json::to_value(&self.payload).unwrap_or_default();
+        if let (Some(details), Some(actor)) = (details.as_object_mut(), &self.actor) {
+            let actor = serde_json::to_value(actor).unwrap_or_default();
+            details.insert("actor".to_owned(), actor);
+        }
         Some(ChannelEvent {
             // Places are unique in an installation, and a channel hears of one installation.
             id: uuid::Uuid::from_u64_pair(CHANNEL_IDS, self.seq.unsigned_abs()),
@@ -214,9 +239,15 @@ impl StateEvent {
             resource_type: self.kind.resource_type().to_owned(),
             resource_id: self.resource.clone(),
             at: self.at,
-            details: serde_json::to_value(&self.payload).unwrap_or_default(),
+            details,
         })
     }
+}
+
+/// Whether a change is somebody's decision or the end of what it began, rather than something that befell a sandbox at rest
+/// (its host paused it, or lost it) or took its host away in the middle of an operation.
+fn is_decided(from: Option<SandboxStatus>, to: SandboxStatus) -> bool {
+    to != SandboxStatus::Missing && (to.is_transient() || from.is_none_or(SandboxStatus::is_transient))
 }
 
 /// Which action a change of status ends, and how.
@@ -255,6 +286,29 @@ mod tests {
             );
             assert_eq!(EventKind::parse(kind.as_str()), Some(kind));
         }
+    }
+
+    #[test]
+    fn what_befalls_a_sandbox_at_rest_is_nobody_s_doing() {
+        use SandboxStatus as S;
+        for (from, to) in [
+            (S::Running, S::Pausing),
+            (S::Pausing, S::Paused),
+            (S::Pausing, S::Running),
+            (S::Starting, S::Error),
+            (S::Missing, S::Stopping),
+        ] {
+            assert!(is_decided(Some(from), to), "{from} to {to}");
+        }
+        for (from, to) in [
+            (S::Running, S::Paused),
+            (S::Running, S::Error),
+            (S::Pausing, S::Missing),
+            (S::Missing, S::Running),
+        ] {
+            assert!(!is_decided(Some(from), to), "{from} to {to}");
+        }
+        assert!(is_decided(None, S::Pending));
     }
 
     #[test]

@@ -9,6 +9,7 @@ pub mod around;
 pub(crate) mod event;
 pub mod lifecycle;
 pub mod membership;
+pub mod metrics;
 pub mod team;
 
 use std::collections::BTreeMap;
@@ -53,7 +54,7 @@ pub(crate) enum Realm {
     Platform,
 }
 
-/// Who does something; the audit log names it.
+/// Who does something; the audit log and events name it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Actor {
     /// A person with a session.
@@ -171,6 +172,8 @@ pub struct Sandbox {
     pub updated_at: Millis,
     /// When the status last changed.
     pub status_at: Millis,
+    /// Who made the newest decision about it; the platform by itself when absent.
+    pub actor: Option<Actor>,
 }
 
 /// A template.

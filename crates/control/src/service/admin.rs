@@ -1,7 +1,7 @@
 //! What platform admins see and do across teams.
 
 use super::{Services, validate};
-use crate::domain::{Session, TeamId, Template, TemplateId, UserId};
+use crate::domain::{Actor, Session, TeamId, Template, TemplateId, UserId};
 use crate::store::admin::{AdminTeamRow, AdminUserRow, Standing};
 use crate::{Error, ErrorCode, Result};
 
@@ -112,7 +112,7 @@ impl Services {
             ));
         }
         let (id, team) = (template.id, template.team);
-        self.remove_template(template).await?;
+        self.remove_template(template, Actor::User(admin.user)).await?;
         tracing::info!(admin = %admin.user, template = %id, %team, "a platform admin deleted a template");
         Ok(())
     }

@@ -5,6 +5,7 @@
 
 use std::future::Future;
 use std::sync::OnceLock;
+use std::sync::atomic::AtomicI64;
 use std::time::Duration;
 
 use tokio::sync::Notify;
@@ -26,6 +27,8 @@ pub(crate) struct Around {
     pub(super) sender: OnceLock<std::result::Result<super::deliver::Sender, String>>,
     /// Starts the next look for messages.
     pub(super) deliver: Notify,
+    /// Until when this instance has put sandboxes' points together.
+    pub(super) rolled_up: AtomicI64,
 }
 
 impl Services {
@@ -38,7 +41,14 @@ impl Services {
             |around| Some(around.audit.filling()),
             |services| async move { services.audit_flush().await },
         );
-        self.start_samples();
+        self.sample("metrics", timings.sample_interval, |services, at| async move {
+            services.sample_pass(at).await
+        });
+        self.sample(
+            "sandbox metrics",
+            timings.sandbox_metrics_interval,
+            |services, at| async move { services.sandbox_metrics_pass(at).await },
+        );
         self.repeat(
             "usage",
             timings.usage_interval,
@@ -59,18 +69,29 @@ impl Services {
         );
     }
 
-    /// Samples once in every interval of the clock: waiting an interval after each sample would miss one now and then.
-    fn start_samples(&self) {
+    /// Samples once in every interval of the clock, where the leader is: waiting an interval after each sample would miss
+    /// one now and then.
+    fn sample<F>(
+        &self,
+        name: &'static str,
+        interval: Duration,
+        pass: impl Fn(Self, Millis) -> F + Send + 'static,
+    ) where
+        F: Future<Output = Result<()>> + Send,
+    {
         let services = self.clone();
         self.tasks.spawn(TaskKind::Monitor, async move {
             loop {
-                let rest = until_next(now(), services.config.around.sample_interval);
-                tokio::time::sleep(rest).await;
+                tokio::time::sleep(until_next(now(), interval)).await;
                 if services.leads()
-                    && let Err(error) = services.sample_pass(now()).await
+                    && let Err(error) = pass(services.clone(), now()).await
                 {
-                    metrics::counter!("wrenn_pass_failures_total", "pass" => "metrics").increment(1);
-                    tracing::error!(error = &error as &dyn std::error::Error, "taking samples failed");
+                    metrics::counter!("wrenn_pass_failures_total", "pass" => name).increment(1);
+                    tracing::error!(
+                        pass = name,
+                        error = &error as &dyn std::error::Error,
+                        "taking samples failed"
+                    );
                 }
             }
         });
@@ -134,6 +155,7 @@ impl Services {
         self.store.deliveries_prune(now - DELIVERIES_KEEP).await?;
         self.store.idempotency_prune(now).await?;
         self.store.deleted_teams_forget(now - crate::store::DAY).await?;
+        self.sandbox_metrics_prune(now).await?;
         self.metrics_prune(now).await
     }
 }

@@ -154,7 +154,7 @@ impl Services {
             self.store.team_templates_hide(team, true).await?;
         }
         for template in self.store.team_templates_hidden(team).await? {
-            if let Err(error) = self.remove_template_files(template, team).await {
+            if let Err(error) = self.remove_template_files(template, team, None).await {
                 tracing::debug!(%template, %error, "a template's files stay for now");
             }
         }
@@ -173,7 +173,7 @@ impl Services {
             let Action::Begin { to, previous } = decide(sandbox.status, Request::Destroy)? else {
                 return Ok(());
             };
-            let change = Change::decide(to).previous(previous);
+            let change = Change::decide(to, None).previous(previous);
             match self.settle(&sandbox, change).await? {
                 Outcome::Updated | Outcome::Missing => return Ok(()),
                 Outcome::Stale => {}

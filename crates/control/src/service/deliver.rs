@@ -403,6 +403,7 @@ fn sentence(event: &str) -> String {
         Some(ChannelEventKind::CapsulePaused) => "is paused",
         Some(ChannelEventKind::CapsuleDestroyed) => "was destroyed",
         Some(ChannelEventKind::SnapshotCreated) => "is ready as a template",
+        Some(ChannelEventKind::SnapshotFailed) => "could not be made as a template",
         Some(ChannelEventKind::SnapshotDeleted) => "was deleted as a template",
         Some(ChannelEventKind::HostUp) => "is online",
         Some(ChannelEventKind::HostDown) => "cannot be reached",

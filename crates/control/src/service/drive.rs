@@ -13,7 +13,7 @@ use wrenn_proto::hostagent;
 
 use super::Services;
 use crate::domain::lifecycle::{Source, Verdict, apply_report};
-use crate::domain::{Failure, HostId, Sandbox, SandboxId, SandboxStatus, TemplateId, now};
+use crate::domain::{Actor, Failure, HostId, Sandbox, SandboxId, SandboxStatus, TemplateId, now};
 use crate::events::Event;
 use crate::hosts::{Needs, rpc};
 use crate::store::{Change, Finish, Guard, Made, Outcome};
@@ -28,6 +28,9 @@ enum Step {
     Rest,
 }
 
+/// Why a snapshot failed that came to its name too late.
+const NAME_TAKEN: &str =
+    "another template of this name was begun while the snapshot was made; it has the name now";
 /// Most hosts that one start is tried on.
 const MAX_PLACEMENTS: usize = 4;
 
@@ -88,7 +91,7 @@ impl Services {
             SandboxStatus::Pending => {
                 // Stale: somebody decided otherwise, and looking again shows what.
                 let _: Outcome = self
-                    .settle(sandbox, Change::decide(SandboxStatus::Starting))
+                    .settle(sandbox, Change::decide(SandboxStatus::Starting, sandbox.actor))
                     .await?;
                 Ok(Step::Again)
             }
@@ -155,7 +158,7 @@ impl Services {
                 .await;
             if let Ok(host) = placed {
                 // A new decision: what the first host may still have under the old one is an orphan there.
-                let change = Change::decide(SandboxStatus::Starting).host(host.id);
+                let change = Change::decide(SandboxStatus::Starting, sandbox.actor).host(host.id);
                 let _: Outcome = self.settle(sandbox, change).await?;
                 return Ok(Step::Again);
             }
@@ -252,18 +255,21 @@ impl Services {
                 };
                 let mut change = Change::to(back);
                 // The template first: a crash between the two repeats the (finished) request.
-                match self.store.template_finish(template, host, made).await? {
+                match self
+                    .store
+                    .template_finish(template, host, made, sandbox.actor)
+                    .await?
+                {
                     Finish::Done | Finish::Gone => {}
                     // Its files are on the host already, so it goes as any other template does.
                     Finish::Taken => {
+                        let name = template.to_string();
                         self.store
-                            .template_mark_deleting(template, &template.to_string())
+                            .template_mark_deleting(template, &name, sandbox.actor, Some(NAME_TAKEN))
                             .await?;
                         change = change.failure(Some(Failure {
                             code: ErrorCode::Conflict.as_str().to_owned(),
-                            message: "another template of this name was begun while the snapshot was made; \
-                                      it has the name now"
-                                .to_owned(),
+                            message: NAME_TAKEN.to_owned(),
                             console: None,
                             generation: sandbox.generation,
                         }));
@@ -276,7 +282,12 @@ impl Services {
             }
             Err(error) if rpc::is_ambiguous(&error) => self.unanswered(sandbox, &error),
             Err(error) => {
-                self.store.template_forget(template).await?;
+                let why = rpc::failure(error.clone(), sandbox.generation).message;
+                self.store
+                    .template_forget(template, sandbox.actor, Some(&why))
+                    .await?;
+                // Whoever follows the events hears of it even if the sandbox's own record stays as it is.
+                self.bus.publish(Event::Outbox);
                 self.ask(sandbox, Some(error)).await
             }
         }
@@ -414,6 +425,7 @@ impl Services {
         &self,
         id: TemplateId,
         team: crate::domain::TeamId,
+        actor: Option<Actor>,
     ) -> std::result::Result<(), ConnectError> {
         let internal = |error: sea_orm::DbErr| ConnectError::internal(error.to_string());
         for host in self.store.template_holders(id).await.map_err(internal)? {
@@ -439,7 +451,10 @@ impl Services {
                 .await
                 .map_err(internal)?;
         }
-        self.store.template_forget(id).await.map_err(internal)
+        self.store
+            .template_forget(id, actor, None)
+            .await
+            .map_err(internal)
     }
 }
 

@@ -20,6 +20,7 @@ pub(crate) mod keys;
 mod leader;
 pub(crate) mod monitor;
 pub(crate) mod processes;
+pub(crate) mod sandbox_metrics;
 pub(crate) mod sandboxes;
 pub(crate) mod teams;
 pub(crate) mod templates;

@@ -107,7 +107,7 @@ impl Services {
             .await?;
         self.accounts_pass().await?;
         for (id, team) in self.store.templates_deleting().await? {
-            if let Err(error) = self.remove_template_files(id, team).await {
+            if let Err(error) = self.remove_template_files(id, team, None).await {
                 tracing::debug!(template = %id, %error, "a template's files stay for now");
             }
         }

@@ -96,6 +96,7 @@ impl Services {
             last_active_at: None,
             updated_at: now,
             status_at: now,
+            actor: Some(principal.actor),
         };
         if !self.store.sandbox_insert(&sandbox).await? {
             return Err(super::teams::team_gone());
@@ -159,7 +160,7 @@ impl Services {
                 }
                 Action::Begin { to, previous } => (to, previous),
             };
-            let mut change = Change::decide(to).previous(previous);
+            let mut change = Change::decide(to, Some(principal.actor)).previous(previous);
             if let Some(template) = snapshot {
                 change = change.snapshot(template);
             }
@@ -181,6 +182,7 @@ impl Services {
                             snapshot,
                             updated_at: now,
                             status_at: now,
+                            actor: Some(principal.actor),
                             ..sandbox
                         },
                         generation,
@@ -262,42 +264,6 @@ impl Services {
             self.store.sandbox_touch(sandbox.id).await?;
         }
         Ok(())
-    }
-
-    /// Samples since a moment, oldest first.
-    pub async fn metrics(
-        &self,
-        principal: Principal,
-        id: &str,
-        since: Millis,
-    ) -> Result<(Sandbox, Vec<hostagent::MetricsPoint>)> {
-        let sandbox = self.sandbox(principal, id).await?;
-        match sandbox.status {
-            SandboxStatus::Stopped | SandboxStatus::Stopping => return Err(Error::not_found("sandbox", id)),
-            SandboxStatus::Pending
-            | SandboxStatus::Starting
-            | SandboxStatus::Error
-            | SandboxStatus::Missing => {
-                return Ok((sandbox, Vec::new()));
-            }
-            SandboxStatus::Running
-            | SandboxStatus::Pausing
-            | SandboxStatus::Paused
-            | SandboxStatus::Snapshotting
-            | SandboxStatus::Resuming
-            | SandboxStatus::Hibernated => {}
-        }
-        let client = self.client_of(&sandbox).await?;
-        let request = hostagent::GetMetricsRequest {
-            sandbox_id: sandbox.id.to_string(),
-            since_ms: since,
-            ..Default::default()
-        };
-        let answer = client
-            .get_metrics_with_options(request, self.short())
-            .await
-            .map_err(rpc::error)?;
-        Ok((sandbox, answer.into_owned().points))
     }
 
     /// The last lines of a sandbox's console.

@@ -9,7 +9,7 @@ use super::{Services, validate};
 use crate::auth;
 use crate::domain::lifecycle::{Request, decide};
 use crate::domain::{
-    Principal, SandboxStatus, TeamId, Template, TemplateId, TemplateKind, TemplateStatus, now,
+    Actor, Principal, SandboxStatus, TeamId, Template, TemplateId, TemplateKind, TemplateStatus, now,
 };
 use crate::hosts::rpc;
 use crate::store;
@@ -144,7 +144,7 @@ impl Services {
         {
             Ok(accepted) => accepted,
             Err(error) => {
-                self.store.template_forget(template.id).await?;
+                self.store.template_forget(template.id, None, None).await?;
                 return Err(error);
             }
         };
@@ -177,18 +177,21 @@ impl Services {
                 ),
             ));
         }
-        self.remove_template(template).await
+        self.remove_template(template, principal.actor).await
     }
 
     /// Removes a template, whoever owns it.
-    pub(super) async fn remove_template(&self, template: Template) -> Result<()> {
+    pub(super) async fn remove_template(&self, template: Template, actor: Actor) -> Result<()> {
         if template.status == TemplateStatus::Building {
             return Err(Error::new(
                 ErrorCode::InvalidState,
                 format!("template '{}' is still building", template.name),
             ));
         }
-        match self.remove_template_files(template.id, template.team).await {
+        match self
+            .remove_template_files(template.id, template.team, Some(actor))
+            .await
+        {
             Ok(()) => Ok(()),
             Err(error) if matches!(error.code, Rpc::FailedPrecondition) => {
                 let users = self.store.sandboxes_from_template(template.id).await?;
@@ -203,7 +206,7 @@ impl Services {
             // Its host is away: hidden at once, removed when the host is back.
             Err(error) if rpc::is_ambiguous(&error) => {
                 self.store
-                    .template_mark_deleting(template.id, &template.name)
+                    .template_mark_deleting(template.id, &template.name, Some(actor), None)
                     .await?;
                 self.poke();
                 Ok(())

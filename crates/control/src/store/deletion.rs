@@ -28,7 +28,10 @@ const PAGE: u64 = 500;
 
 /// Tables whose rows go with their team, besides keys and memberships. What teams used stays: it may still have to be
 /// paid.
-const TEAM_TABLES: [&str; 2] = ["channels", "metric_snapshots"];
+const TEAM_TABLES: [&str; 3] = ["channels", "metric_snapshots", "sandbox_metrics"];
+/// Those of them in which something may still arrive for a team that is gone, and stay. Points of sandboxes go with these,
+/// and by their age within a day; they are too many to look through.
+const LATE_TABLES: [&str; 2] = ["channels", "metric_snapshots"];
 
 /// What became of an account's deletion.
 #[must_use = "teams that went with the account have to be emptied"]
@@ -150,7 +153,7 @@ impl Store {
     /// Removes what was written for a team after it had been emptied: a sample that was under way, say. That happens
     /// within moments, so only teams that were deleted after `since` are looked at.
     pub(crate) async fn deleted_teams_forget(&self, since: Millis) -> Result<(), DbErr> {
-        for table in TEAM_TABLES {
+        for table in LATE_TABLES {
             let deleted = Query::select()
                 .column(team::Column::Id)
                 .from(team::Entity)
@@ -194,7 +197,8 @@ impl Store {
             query = query.filter(template::Column::Status.ne("building"));
         }
         for row in query.all(&self.db).await? {
-            self.template_mark_deleting(TemplateId(row.id), &row.name).await?;
+            self.template_mark_deleting(TemplateId(row.id), &row.name, None, None)
+                .await?;
         }
         Ok(())
     }
@@ -337,6 +341,8 @@ mod tests {
                  VALUES (?, ?, 'c', 'slack', '', '[]', 0, 0)",
                 "INSERT INTO metric_snapshots (team_id, width_ms, at, running_count, vcpus, memory_mb) \
                  VALUES (?2, 10000, 0, 1, 1, 1)",
+                "INSERT INTO sandbox_metrics (sandbox_id, team_id, width_ms, at, cpu_pct, mem_bytes, disk_bytes) \
+                 VALUES (?1, ?2, 15000, 0, 1.0, 1, 1)",
             ] {
                 let values = [uuid::Uuid::now_v7().into(), team.0.into()];
                 let statement =

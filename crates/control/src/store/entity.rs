@@ -202,6 +202,8 @@ table!(sandbox, "sandboxes", {
     pub last_active_at: Option<i64>,
     pub updated_at: i64,
     pub status_at: i64,
+    pub actor_type: Option<String>,
+    pub actor_id: Option<String>,
 });
 
 table!(event, "events", {
@@ -218,6 +220,9 @@ table!(event, "events", {
     pub published_at: Option<i64>,
     pub consumed_at: Option<i64>,
     pub attempts: i32,
+    pub actor_type: Option<String>,
+    pub actor_id: Option<String>,
+    pub actor_name: Option<String>,
 });
 
 table!(event_cursor, "event_cursor", {

@@ -2,41 +2,81 @@
 
 use std::collections::BTreeSet;
 
-use sea_orm::sea_query::{Expr, ExprTrait as _};
+use sea_orm::sea_query::{Expr, ExprTrait as _, Func, Query, SelectStatement};
 use sea_orm::{
     ColumnTrait, Condition, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryOrder, QuerySelect,
     Statement, TransactionTrait,
 };
 
-use super::entity::{event, event_cursor};
+use super::entity::{api_key, event, event_cursor, user};
 use super::{Store, big, corrupt};
-use crate::domain::event::{EventKind, EventOutcome, NewEvent, StateEvent};
-use crate::domain::{Millis, TeamId, now};
+use crate::domain::around::{ActorType, AuditActor};
+use crate::domain::event::{EventActor, EventKind, EventOutcome, NewEvent, StateEvent};
+use crate::domain::{Actor, Millis, TeamId, now};
 
 /// Writes an event in the transaction of the change that it tells of.
 pub(super) async fn record(db: &impl ConnectionTrait, new: NewEvent) -> Result<(), DbErr> {
-    use sea_orm::ActiveValue::Set;
+    use event::Column;
     let NewEvent {
         team,
         kind,
         outcome,
         resource,
         payload,
+        actor,
     } = new;
     let payload = serde_json::to_string(&payload).map_err(|error| DbErr::Json(error.to_string()))?;
-    event::Entity::insert(event::ActiveModel {
-        team_id: Set(team.0),
-        kind: Set(kind.as_str().to_owned()),
-        outcome: Set(outcome.map(|outcome| outcome.as_str().to_owned())),
-        resource_type: Set(kind.resource_type().to_owned()),
-        resource_id: Set(resource),
-        payload: Set(payload),
-        created_at: Set(now()),
-        ..Default::default()
-    })
-    .exec_without_returning(db)
-    .await
-    .map(drop)
+    // The name is read by the same statement: a round trip of its own would be one more for every change.
+    let name = actor.map_or_else(|| Expr::value(None::<String>), |actor| Expr::from(name_of(actor)));
+    let AuditActor {
+        kind: actor_type,
+        id: actor_id,
+    } = actor.into();
+    let columns: [(Column, Expr); 10] = [
+        (Column::TeamId, team.0.into()),
+        (Column::Kind, kind.as_str().into()),
+        (
+            Column::Outcome,
+            Expr::value(outcome.map(|outcome| outcome.as_str())),
+        ),
+        (Column::ResourceType, kind.resource_type().into()),
+        (Column::ResourceId, resource.into()),
+        (Column::Payload, payload.into()),
+        (Column::CreatedAt, now().into()),
+        (Column::ActorType, actor_type.as_str().into()),
+        (Column::ActorId, Expr::value(actor_id)),
+        (Column::ActorName, name),
+    ];
+    let (columns, values): (Vec<_>, Vec<_>) = columns.into_iter().unzip();
+    let mut insert = Query::insert();
+    insert
+        .into_table(event::Entity)
+        .columns(columns)
+        .values(values)
+        .map_err(|error| DbErr::Custom(error.to_string()))?;
+    db.execute(&insert).await.map(drop)
+}
+
+/// What an actor is called at the moment; nothing when it is gone.
+fn name_of(actor: Actor) -> SelectStatement {
+    let mut name = Query::select();
+    match actor {
+        Actor::User(id) => name
+            .expr(Func::coalesce([
+                Func::cust("NULLIF")
+                    .arg(Expr::col(user::Column::Name))
+                    .arg("")
+                    .into(),
+                Expr::col(user::Column::Email),
+            ]))
+            .from(user::Entity)
+            .and_where(user::Column::Id.eq(id.0)),
+        Actor::Key(id) => name
+            .column(api_key::Column::Name)
+            .from(api_key::Entity)
+            .and_where(api_key::Column::Id.eq(id.0)),
+    };
+    name
 }
 
 /// Kinds that this version knows. Those of a newer one wait for a leader that does, and hold up nothing.
@@ -221,6 +261,9 @@ fn domain(row: event::Model) -> Result<StateEvent, DbErr> {
         published_at: _,
         consumed_at: _,
         attempts: _,
+        actor_type,
+        actor_id,
+        actor_name,
     } = row;
     Ok(StateEvent {
         seq: seq.ok_or_else(|| corrupt("events", "seq"))?,
@@ -231,6 +274,16 @@ fn domain(row: event::Model) -> Result<StateEvent, DbErr> {
             .transpose()?,
         resource: resource_id,
         payload: serde_json::from_str(&payload).map_err(|_| corrupt("events", "payload"))?,
+        actor: actor_type
+            .map(|word| {
+                let kind = ActorType::parse(&word).ok_or_else(|| corrupt("events", "actor_type"))?;
+                Ok::<_, DbErr>(EventActor {
+                    kind,
+                    id: actor_id,
+                    name: actor_name,
+                })
+            })
+            .transpose()?,
         at: created_at,
     })
 }

@@ -374,6 +374,7 @@ fn host_event(kind: EventKind, id: HostId) -> NewEvent {
         outcome: None,
         resource: id.to_string(),
         payload: EventPayload::default(),
+        actor: None,
     }
 }
 

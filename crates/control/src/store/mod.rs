@@ -22,6 +22,7 @@ mod leases;
 mod migration;
 mod migrations;
 mod rate_limits;
+mod sandbox_metrics;
 mod sandboxes;
 pub(crate) mod teams;
 mod templates;

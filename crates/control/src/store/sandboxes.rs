@@ -13,8 +13,11 @@ use uuid::Uuid;
 use super::entity::sandbox::{ActiveModel, Column, Entity, Model};
 use super::events::record;
 use super::{Outcome, Store, big, corrupt, int, unsigned};
+use crate::domain::around::AuditActor;
 use crate::domain::event::NewEvent;
-use crate::domain::{Failure, HostId, Millis, Sandbox, SandboxId, SandboxStatus, TeamId, TemplateId, now};
+use crate::domain::{
+    Actor, Failure, HostId, Millis, Sandbox, SandboxId, SandboxStatus, TeamId, TemplateId, now,
+};
 
 /// What sandboxes hold of a host.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -32,6 +35,8 @@ pub(crate) struct Guard {
     pub(crate) generation: u64,
     /// Whose it is; that never changes.
     team: TeamId,
+    /// Who made the newest decision; that changes only with the generation.
+    decided: Option<Actor>,
 }
 
 impl From<&Sandbox> for Guard {
@@ -40,6 +45,7 @@ impl From<&Sandbox> for Guard {
             status: sandbox.status,
             generation: sandbox.generation,
             team: sandbox.team,
+            decided: sandbox.actor,
         }
     }
 }
@@ -48,7 +54,8 @@ impl From<&Sandbox> for Guard {
 #[derive(Debug, Clone)]
 pub(crate) struct Change {
     to: SandboxStatus,
-    next_generation: bool,
+    /// Set by a new decision: who makes it.
+    decision: Option<Option<Actor>>,
     previous: Option<SandboxStatus>,
     snapshot: Option<TemplateId>,
     host: Option<HostId>,
@@ -63,7 +70,7 @@ impl Change {
     pub(crate) fn to(status: SandboxStatus) -> Self {
         Self {
             to: status,
-            next_generation: false,
+            decision: None,
             previous: None,
             snapshot: None,
             host: None,
@@ -74,10 +81,10 @@ impl Change {
         }
     }
 
-    /// A new decision.
-    pub(crate) fn decide(status: SandboxStatus) -> Self {
+    /// A new decision, and who makes it: nobody, when the platform does so by itself.
+    pub(crate) fn decide(status: SandboxStatus, actor: Option<Actor>) -> Self {
         Self {
-            next_generation: true,
+            decision: Some(actor),
             ..Self::to(status)
         }
     }
@@ -132,7 +139,14 @@ impl Store {
     /// Adds a record, if its team lives; returns whether it does. A deletion of the team waits for it, or is
     /// seen by it, so no sandbox outlives its team.
     pub(crate) async fn sandbox_insert(&self, sandbox: &Sandbox) -> Result<bool, DbErr> {
-        let created = NewEvent::sandbox(sandbox.team, sandbox.id, None, sandbox.status, None);
+        let created = NewEvent::sandbox(
+            sandbox.team,
+            sandbox.id,
+            sandbox.actor,
+            None,
+            sandbox.status,
+            None,
+        );
         let transaction = self.db.begin().await?;
         row(sandbox)?.insert(&transaction).await?;
         if !super::teams::team_held(&transaction, sandbox.team).await? {
@@ -292,7 +306,7 @@ impl Store {
     ) -> Result<Outcome, DbErr> {
         let Change {
             to,
-            next_generation,
+            decision,
             previous,
             snapshot,
             host,
@@ -305,6 +319,7 @@ impl Store {
         let told = NewEvent::sandbox(
             guard.team,
             id,
+            decision.unwrap_or(guard.decided),
             Some(guard.status),
             to,
             failure.as_ref().map(|failure| failure.message.as_str()),
@@ -321,8 +336,12 @@ impl Store {
             )
             .col_expr(Column::UpdatedAt, now.into())
             .col_expr(Column::StatusAt, now.into());
-        if next_generation {
-            update = update.col_expr(Column::Generation, Expr::col(Column::Generation).add(1));
+        if let Some(actor) = decision {
+            let (kind, actor) = actor_words(actor);
+            update = update
+                .col_expr(Column::Generation, Expr::col(Column::Generation).add(1))
+                .col_expr(Column::ActorType, Expr::value(kind))
+                .col_expr(Column::ActorId, Expr::value(actor));
         }
         if let Some(host) = host {
             update = update.col_expr(Column::HostId, host.0.into());
@@ -359,6 +378,9 @@ impl Store {
             .await?;
         if result.rows_affected == 1 {
             super::usage::apply(&transaction, id, super::usage::usage_step(guard.status, to), now).await?;
+            if to == SandboxStatus::Stopped {
+                super::sandbox_metrics::forget(&transaction, id).await?;
+            }
             // Another generation in the same status (a start on another host) is no change that anybody follows.
             if guard.status != to {
                 record(&transaction, told).await?;
@@ -460,6 +482,12 @@ impl Store {
     }
 }
 
+/// An actor as a row keeps it.
+fn actor_words(actor: Option<Actor>) -> (Option<String>, Option<String>) {
+    let AuditActor { kind, id } = actor.into();
+    (Some(kind.as_str().to_owned()), id)
+}
+
 fn words(statuses: &[SandboxStatus]) -> Vec<&'static str> {
     statuses.iter().map(|status| status.as_str()).collect()
 }
@@ -488,7 +516,9 @@ fn row(sandbox: &Sandbox) -> Result<ActiveModel, DbErr> {
         last_active_at,
         updated_at,
         status_at,
+        actor,
     } = sandbox.clone();
+    let (actor_type, actor_id) = actor_words(actor);
     let json = |map: &BTreeMap<String, String>| {
         serde_json::to_string(map).map_err(|error| DbErr::Json(error.to_string()))
     };
@@ -518,6 +548,8 @@ fn row(sandbox: &Sandbox) -> Result<ActiveModel, DbErr> {
         last_active_at: Set(last_active_at),
         updated_at: Set(updated_at),
         status_at: Set(status_at),
+        actor_type: Set(actor_type),
+        actor_id: Set(actor_id),
     })
 }
 
@@ -548,6 +580,8 @@ fn domain(row: Model) -> Result<Sandbox, DbErr> {
         last_active_at,
         updated_at,
         status_at,
+        actor_type,
+        actor_id,
     } = row;
     let word = |word: String| {
         word.parse::<SandboxStatus>()
@@ -582,5 +616,8 @@ fn domain(row: Model) -> Result<Sandbox, DbErr> {
         last_active_at,
         updated_at,
         status_at,
+        actor: actor_type
+            .zip(actor_id)
+            .and_then(|(kind, id)| Actor::parse(&kind, &id)),
     })
 }

@@ -12,7 +12,10 @@ use super::entity::{template_alias, template_host};
 use super::events::record;
 use super::{Store, big, corrupt, int, unsigned};
 use crate::domain::event::{EventKind, EventOutcome, EventPayload, NewEvent};
-use crate::domain::{HostId, TeamId, Template, TemplateId, TemplateKind, TemplateStatus, now};
+use crate::domain::{Actor, HostId, TeamId, Template, TemplateId, TemplateKind, TemplateStatus, now};
+
+/// Why a snapshot failed whose sandbox is not making it any more.
+const ABANDONED: &str = "its sandbox ended or changed before the snapshot was made";
 
 /// Marks a template whose files are being removed; clients do not see it any more.
 pub(super) const DELETING: &str = "deleting";
@@ -200,11 +203,12 @@ impl Store {
         id: TemplateId,
         host: HostId,
         made: Made,
+        actor: Option<Actor>,
     ) -> Result<Finish, DbErr> {
         let mut refused = None;
         // Another snapshot can take the name between the look at its holder and the renaming; looking again finds it.
         for _ in 0..4 {
-            match self.template_try_finish(id, host, made).await {
+            match self.template_try_finish(id, host, made, actor).await {
                 Err(error) if super::is_duplicate(&error) => refused = Some(error),
                 other => return other,
             }
@@ -213,7 +217,13 @@ impl Store {
         Ok(Finish::Taken)
     }
 
-    async fn template_try_finish(&self, id: TemplateId, host: HostId, made: Made) -> Result<Finish, DbErr> {
+    async fn template_try_finish(
+        &self,
+        id: TemplateId,
+        host: HostId,
+        made: Made,
+        actor: Option<Actor>,
+    ) -> Result<Finish, DbErr> {
         let Some(row) = Entity::find_by_id(id.0)
             .filter(Column::Status.ne(DELETING))
             .one(&self.db)
@@ -284,7 +294,7 @@ impl Store {
             let name = row.final_name.as_deref().unwrap_or(&row.name);
             record(
                 &transaction,
-                snapshot_event(EventKind::SnapshotCreate, id, TeamId(row.team_id), name),
+                snapshot_event(EventKind::SnapshotCreate, id, TeamId(row.team_id), name, actor),
             )
             .await?;
         }
@@ -293,28 +303,37 @@ impl Store {
     }
 
     /// Forgets a template's row; its holders' rows go with it. A snapshot that clients could see until now is told of
-    /// as deleted.
-    pub(crate) async fn template_forget(&self, id: TemplateId) -> Result<(), DbErr> {
+    /// as deleted, one that was still being made as failed, if `failure` says why.
+    pub(crate) async fn template_forget(
+        &self,
+        id: TemplateId,
+        actor: Option<Actor>,
+        failure: Option<&str>,
+    ) -> Result<(), DbErr> {
         let Some(row) = Entity::find_by_id(id.0).one(&self.db).await? else {
             return Ok(());
         };
         let transaction = self.db.begin().await?;
         let deleted = Entity::delete_by_id(id.0).exec(&transaction).await?;
-        if deleted.rows_affected == 1
-            && row.status == status_word(TemplateStatus::Ready)
-            && row.kind == kind_word(TemplateKind::Snapshot)
-        {
-            record(
-                &transaction,
-                snapshot_event(EventKind::SnapshotDelete, id, TeamId(row.team_id), &row.name),
-            )
-            .await?;
+        // One that is being deleted was told of when that began.
+        let told = (deleted.rows_affected == 1 && row.status != DELETING)
+            .then(|| farewell(&row, &row.name, actor, failure))
+            .flatten();
+        if let Some(event) = told {
+            record(&transaction, event).await?;
         }
         transaction.commit().await
     }
 
-    /// Hides a template from clients and frees its name, before its files are removed.
-    pub(crate) async fn template_mark_deleting(&self, id: TemplateId, name: &str) -> Result<bool, DbErr> {
+    /// Hides a template from clients and frees its name, before its files are removed. Told of as in
+    /// [`Store::template_forget`].
+    pub(crate) async fn template_mark_deleting(
+        &self,
+        id: TemplateId,
+        name: &str,
+        actor: Option<Actor>,
+        failure: Option<&str>,
+    ) -> Result<bool, DbErr> {
         let transaction = self.db.begin().await?;
         let updated = Entity::update_many()
             .col_expr(Column::Status, DELETING.into())
@@ -327,15 +346,9 @@ impl Store {
         let done = updated.rows_affected == 1;
         if done
             && let Some(row) = Entity::find_by_id(id.0).one(&transaction).await?
-            && row.kind == kind_word(TemplateKind::Snapshot)
-            // One that was given up while it was made had never been told of.
-            && row.progress_pct == 100
+            && let Some(event) = farewell(&row, name, actor, failure)
         {
-            record(
-                &transaction,
-                snapshot_event(EventKind::SnapshotDelete, id, TeamId(row.team_id), name),
-            )
-            .await?;
+            record(&transaction, event).await?;
         }
         transaction.commit().await?;
         Ok(done)
@@ -389,7 +402,10 @@ impl Store {
             .await?;
         let mut count = 0;
         for row in abandoned {
-            count += u64::from(self.template_mark_deleting(TemplateId(row.id), &row.name).await?);
+            count += u64::from(
+                self.template_mark_deleting(TemplateId(row.id), &row.name, None, Some(ABANDONED))
+                    .await?,
+            );
         }
         Ok(count)
     }
@@ -457,7 +473,40 @@ impl Store {
     }
 }
 
-fn snapshot_event(kind: EventKind, id: TemplateId, team: TeamId, name: &str) -> NewEvent {
+/// What is told of a template that goes, if anything: base templates come and go with their hosts, and one in the making
+/// without a `failure` had not begun, or goes with its team.
+fn farewell(row: &Model, name: &str, actor: Option<Actor>, failure: Option<&str>) -> Option<NewEvent> {
+    if row.kind != kind_word(TemplateKind::Snapshot) {
+        return None;
+    }
+    // The status may have been overwritten by now; the progress stays.
+    let made = row.progress_pct == 100;
+    let kind = if made {
+        EventKind::SnapshotDelete
+    } else {
+        EventKind::SnapshotCreate
+    };
+    let error = failure.filter(|_| !made);
+    if !made && error.is_none() {
+        return None;
+    }
+    // The name that it was to have, rather than the provisional one of a replacement.
+    let name = row.final_name.as_deref().unwrap_or(name);
+    let mut event = snapshot_event(kind, TemplateId(row.id), TeamId(row.team_id), name, actor);
+    if let Some(error) = error {
+        event.outcome = Some(EventOutcome::Error);
+        event.payload.error = Some(error.to_owned());
+    }
+    Some(event)
+}
+
+fn snapshot_event(
+    kind: EventKind,
+    id: TemplateId,
+    team: TeamId,
+    name: &str,
+    actor: Option<Actor>,
+) -> NewEvent {
     NewEvent {
         team,
         kind,
@@ -467,6 +516,7 @@ fn snapshot_event(kind: EventKind, id: TemplateId, team: TeamId, name: &str) -> 
             name: Some(name.to_owned()),
             ..EventPayload::default()
         },
+        actor,
     }
 }
 

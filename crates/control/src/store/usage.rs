@@ -125,7 +125,7 @@ pub(super) async fn apply(
 }
 
 impl Store {
-    fn raw(&self, sql: &str, values: Vec<Value>) -> Statement {
+    pub(super) fn raw(&self, sql: &str, values: Vec<Value>) -> Statement {
         Statement::from_sql_and_values(self.db.get_database_backend(), sql, values)
     }
 

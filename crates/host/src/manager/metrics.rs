@@ -33,6 +33,11 @@ impl Samples {
         });
     }
 
+    pub(crate) fn newest(&self) -> Option<MetricsPoint> {
+        let points = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        points.back().cloned()
+    }
+
     pub(crate) fn since(&self, since_ms: i64) -> Vec<MetricsPoint> {
         let points = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         points

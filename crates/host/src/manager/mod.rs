@@ -642,6 +642,17 @@ impl Manager {
         Ok(self.handle(id)?.samples.since(since_ms))
     }
 
+    /// The newest sample of each sandbox that runs. One that has just been resumed may have none but from before.
+    pub(crate) fn newest_samples(&self) -> Vec<(SandboxId, wrenn_proto::hostagent::MetricsPoint)> {
+        let newest = |(id, entry): (&SandboxId, &Entry)| match entry {
+            Entry::Live(handle) if handle.view.borrow().state == SandboxStatus::Running => {
+                handle.samples.newest().map(|point| (*id, point))
+            }
+            Entry::Live(_) | Entry::Starting(_) => None,
+        };
+        self.shared.sandboxes().iter().filter_map(newest).collect()
+    }
+
     /// The way into a running guest, and a token that keeps the sandbox from counting as idle.
     pub(crate) fn guest(&self, id: SandboxId) -> Result<(GuestClient, UnderWay, Handle)> {
         let handle = self.handle(id)?;

@@ -89,6 +89,8 @@ words! {
         CapsuleDestroyed = "capsule.destroyed",
         /// A snapshot template is ready.
         SnapshotCreated = "template.snapshot.created",
+        /// A snapshot template could not be made; `details.error` says why.
+        SnapshotFailed = "template.snapshot.failed",
         /// A snapshot template was deleted.
         SnapshotDeleted = "template.snapshot.deleted",
         /// A host is online.

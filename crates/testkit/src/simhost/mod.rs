@@ -39,6 +39,7 @@ pub enum Call {
     CreateSnapshot,
     DeleteSnapshot,
     Metrics,
+    ListMetrics,
     Other,
 }
 

@@ -36,6 +36,8 @@ pub struct SimSandbox {
     pub dirs: HashSet<String>,
     /// Who made the file or directory with this absolute path.
     pub owners: BTreeMap<String, String>,
+    /// What it used of its machine, oldest first.
+    pub samples: Vec<hostagent::MetricsPoint>,
 }
 
 /// What a process hears.
@@ -91,6 +93,7 @@ impl SimSandbox {
             files: BTreeMap::new(),
             dirs: ["/", "/tmp", "/home/user", "/root"].map(str::to_owned).into(),
             owners: BTreeMap::new(),
+            samples: Vec::new(),
         }
     }
 

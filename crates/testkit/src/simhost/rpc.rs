@@ -800,18 +800,46 @@ impl HostAgent for Agent {
         ctx: RequestContext,
         request: ServiceRequest<'_, GetMetricsRequest>,
     ) -> ServiceResult<GetMetricsResponse> {
-        let name = request.sandbox_id.to_owned();
+        let (name, since) = (request.sandbox_id.to_owned(), request.since_ms);
         self.shared.pass(Call::Metrics, &ctx).await?;
-        self.sandbox(&name, |_, _| Ok(()))?;
-        let point = MetricsPoint {
-            timestamp_ms: 1_000,
-            cpu_pct: f64::NAN,
-            mem_bytes: 1,
-            disk_bytes: 2,
-            ..Default::default()
-        };
+        let points = self.sandbox(&name, |_, sandbox| {
+            let samples = sandbox.samples.iter();
+            Ok(samples
+                .filter(|point| point.timestamp_ms >= since)
+                .cloned()
+                .collect())
+        })?;
         Response::ok(GetMetricsResponse {
-            points: vec![point],
+            points,
+            ..Default::default()
+        })
+    }
+
+    async fn list_metrics(
+        &self,
+        ctx: RequestContext,
+        _: ServiceRequest<'_, ListMetricsRequest>,
+    ) -> ServiceResult<ListMetricsResponse> {
+        self.shared.pass(Call::ListMetrics, &ctx).await?;
+        let model = self.shared.model();
+        let running = model
+            .sandboxes
+            .iter()
+            .filter(|(_, sandbox)| sandbox.state == SimState::Running);
+        let sandboxes = running
+            .filter_map(|(id, sandbox)| {
+                Some(SandboxMetrics {
+                    sandbox_id: id.to_string(),
+                    newest: sandbox.samples.last()?.clone().into(),
+                    ..Default::default()
+                })
+            })
+            .collect();
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        let now = now.map_or(0, |since| since.as_millis());
+        Response::ok(ListMetricsResponse {
+            now_ms: i64::try_from(now).unwrap_or(i64::MAX),
+            sandboxes,
             ..Default::default()
         })
     }

@@ -15,6 +15,8 @@ mod m0006_metrics;
 mod m0007_verified_addresses;
 mod m0008_usage_by_day;
 mod m0009_snapshot_index;
+mod m0010_event_actors;
+mod m0012_sandbox_metrics;
 mod of_extension;
 
 use sea_orm_migration::prelude::*;
@@ -36,6 +38,8 @@ impl MigratorTrait for Migrator {
             Box::new(m0007_verified_addresses::VerifiedAddresses),
             Box::new(m0008_usage_by_day::UsageByDay),
             Box::new(m0009_snapshot_index::SnapshotIndex),
+            Box::new(m0010_event_actors::EventActors),
+            Box::new(m0012_sandbox_metrics::SandboxMetrics),
         ]
     }
 }
