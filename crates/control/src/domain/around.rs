@@ -21,6 +21,15 @@ impl AuditActor {
         kind: ActorType::System,
         id: None,
     };
+    /// An operator at the command line, who needs no account.
+    #[must_use]
+    pub fn cli() -> Self {
+        Self {
+            kind: ActorType::System,
+            id: Some("cli".to_owned()),
+        }
+    }
+
     /// Somebody who could not be identified.
     pub const ANONYMOUS: Self = Self {
         kind: ActorType::Anonymous,
@@ -88,6 +97,15 @@ impl AuditEntry {
             outcome: AuditOutcome::Success,
             source: None,
             at: super::now(),
+        }
+    }
+
+    /// Something that an operator did at the command line, on the database itself.
+    #[must_use]
+    pub fn cli(action: &str, resource_type: &str, resource_id: impl std::fmt::Display) -> Self {
+        Self {
+            actor: AuditActor::cli(),
+            ..Self::system(None, action, resource_type, resource_id)
         }
     }
 }

@@ -178,6 +178,7 @@ impl Services {
         }
         if back {
             tracing::info!(host = %host.id, "a host is back");
+            self.audit(AuditEntry::system(None, "host.online", "host", host.id));
             self.bus.publish(Event::Outbox);
             self.poke();
             self.take_up_unfinished_on(host.id).await?;

@@ -371,12 +371,12 @@ impl Store {
         Ok(if exists { Outcome::Stale } else { Outcome::Missing })
     }
 
-    /// A host fell silent: whatever lived there is out of reach. Returns the ids.
+    /// A host fell silent: whatever lived there is out of reach. Returns which, and whose.
     pub(crate) async fn sandboxes_go_missing(
         &self,
         host: HostId,
         from: &[SandboxStatus],
-    ) -> Result<Vec<SandboxId>, DbErr> {
+    ) -> Result<Vec<(SandboxId, TeamId)>, DbErr> {
         let mut gone = Vec::new();
         for sandbox in self.sandboxes_on_host(host, from).await? {
             let change = Change::to(SandboxStatus::Missing).previous(Some(sandbox.status));
@@ -385,7 +385,7 @@ impl Store {
                 .await?
                 == Outcome::Updated
             {
-                gone.push(sandbox.id);
+                gone.push((sandbox.id, sandbox.team));
             }
         }
         Ok(gone)

@@ -41,7 +41,7 @@ words! {
         User = "user",
         /// A program with a team's key.
         ApiKey = "api_key",
-        /// The platform: its passes, and its host agents.
+        /// The platform: its passes, its host agents, and operators at the command line.
         System = "system",
         /// Nobody who could be identified: a failed log-in, a wrong key.
         Anonymous = "anonymous",
@@ -108,7 +108,7 @@ body! {
         pub team_id: Option<String>,
         /// Who acted.
         pub actor_type: ActorType,
-        /// `usr-…`, `key-…` or `host-…`; absent for passes of the platform and for nobody.
+        /// `usr-…`, `key-…`, `host-…`, or `cli` for the command line; absent for passes of the platform and for nobody.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub actor_id: Option<String>,
         /// What was done, for example `sandbox.create`.
