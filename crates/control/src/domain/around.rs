@@ -130,7 +130,7 @@ pub struct ChannelEvent {
 }
 
 /// A notification channel as stored; its configuration is sealed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Channel {
     /// Its id.
     pub id: ChannelId,
@@ -157,3 +157,9 @@ pub struct Channel {
     /// Why it did.
     pub last_error: Option<String>,
 }
+
+wrenn_proto::discreet_debug!(Channel
+    shows(
+        id, team, name, provider, events, created_by, created_at, updated_at, delivered_at, failed_at, last_error,
+    )
+    hides(sealed));

@@ -12,6 +12,8 @@ use super::Services;
 use super::drive::millis;
 use crate::domain::around::AuditActor;
 use crate::domain::now;
+use wrenn_proto::rest::Secret;
+
 use crate::store::{ClaimTimes, Outcome};
 use crate::{Error, ErrorCode, Result, auth};
 
@@ -23,7 +25,7 @@ const MAX_KEY: usize = 255;
 pub(crate) struct KeptAnswer {
     pub(crate) status: u16,
     pub(crate) content_type: Option<String>,
-    pub(crate) body: String,
+    pub(crate) body: Secret,
 }
 
 /// What to do with a request.
@@ -130,7 +132,7 @@ impl Services {
                 ));
             }
             if let Some((status, sealed)) = seen.answer {
-                let plain = self.secret.open(scope, &sealed)?;
+                let plain = self.secret.open(scope, &sealed.0)?;
                 let mut answer: KeptAnswer = serde_json::from_slice(&plain).map_err(Error::internal)?;
                 answer.status = status;
                 return Ok(Begun::Answered(answer));

@@ -76,7 +76,7 @@ impl Store {
             id: Set(id.0),
             team_id: Set(team.0),
             name: Set(name.to_owned()),
-            key_hash: Set(key_hash.to_owned()),
+            key_hash: Set(key_hash.into()),
             key_prefix: Set(key_prefix.to_owned()),
             created_by: Set(Some(creator.0)),
             created_at: Set(now),

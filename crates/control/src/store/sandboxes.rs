@@ -10,6 +10,7 @@ use sea_orm::{
 };
 use uuid::Uuid;
 
+use super::entity::Hidden;
 use super::entity::sandbox::{ActiveModel, Column, Entity, Model};
 use super::events::record;
 use super::{Outcome, Store, big, corrupt, int, unsigned};
@@ -508,7 +509,7 @@ fn row(sandbox: &Sandbox) -> Result<ActiveModel, DbErr> {
         disk_size_mb: Set(int(disk_size_mb)),
         timeout_sec: Set(int(timeout_sec)),
         metadata: Set(json(&metadata)?),
-        envs: Set(json(&envs)?),
+        envs: Set(Hidden(json(&envs)?)),
         error_code: Set(failure.as_ref().map(|failure| failure.code.clone())),
         error_message: Set(failure.as_ref().map(|failure| failure.message.clone())),
         error_console: Set(failure.as_ref().and_then(|failure| failure.console.clone())),
@@ -570,7 +571,7 @@ fn domain(row: Model) -> Result<Sandbox, DbErr> {
         disk_size_mb: unsigned(disk_size_mb),
         timeout_sec: unsigned(timeout_sec),
         metadata: json(&metadata)?,
-        envs: json(&envs)?,
+        envs: json(&envs.0)?,
         failure: error_code.map(|code| Failure {
             code,
             message: error_message.unwrap_or_default(),

@@ -141,7 +141,7 @@ body! {
     }
 
     /// Request body of `POST /v1/channels`.
-    pub struct CreateChannel {
+    pub struct CreateChannel shows(name, provider, events) hides(config) {
         /// For people; unique in the team.
         pub name: String,
         /// Where it leads.
@@ -166,7 +166,7 @@ body! {
     }
 
     /// Request body of `PUT /v1/channels/{id}/config`: replaces the whole configuration.
-    pub struct ReplaceChannelConfig {
+    pub struct ReplaceChannelConfig shows() hides(config) {
         /// As in `POST /v1/channels`. A webhook without `secret` gets a new one.
         pub config: BTreeMap<String, String>,
     }
@@ -174,7 +174,7 @@ body! {
     /// Request body of `POST /v1/channels/test`: an existing channel, or one to be.
     #[derive(Default)]
     #[serde(default)]
-    pub struct TestChannel {
+    pub struct TestChannel shows(channel_id, provider) hides(config) {
         /// A channel of the team.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub channel_id: Option<String>,
@@ -196,7 +196,10 @@ body! {
     }
 
     /// A notification channel.
-    pub struct Channel {
+    pub struct Channel
+        shows(id, team_id, name, provider, config, events, created_at, updated_at, delivered_at, failed_at, last_error)
+        hides(secret)
+    {
         /// `chn-{uuid}`.
         pub id: String,
         /// The team that it tells about.

@@ -163,7 +163,7 @@ pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
         &args.host,
         accelerator,
         args.control_plane,
-        args.token,
+        args.token.map(|token| token.reveal().to_owned()),
     );
     let agent = HostAgent::start(config)
         .await
