@@ -88,6 +88,11 @@ impl KnownKeys {
         known.keys.retain(|_, (principal, _)| !revoked(principal));
     }
 
+    /// Forgets all keys: those that count no more cannot be told apart here.
+    pub(crate) fn forget_all(&self) {
+        self.forget(|_| true);
+    }
+
     /// Forgets a team's keys.
     pub(crate) fn forget_team(&self, team: TeamId) {
         self.forget(|principal| principal.team == team);
