@@ -20,7 +20,7 @@ const EXACT: [(&str, &str); 1] = [("encoding", "base64")];
 const KILL_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What to run, and how.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Clone, Default, PartialEq, Eq)]
 pub struct ExecOptions {
     /// Program; looked up in the user's `PATH`.
     pub cmd: String,
@@ -35,6 +35,8 @@ pub struct ExecOptions {
     /// Whether the process gets a standard input to write to ([`ExecStream::stdin`]); else it is empty.
     pub stdin: bool,
 }
+
+wrenn_proto::discreet_debug!(ExecOptions shows(cmd, args, cwd, user, stdin) hides(envs));
 
 /// What a running command does.
 #[derive(Debug, Clone, PartialEq, Eq)]

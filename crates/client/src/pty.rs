@@ -12,7 +12,7 @@ use crate::sandboxes::SandboxHandle;
 use crate::socket::{self, INPUT_CHUNK, Reader, Received, Writer};
 
 /// What to run in a terminal.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct PtyOptions {
     /// Program; the server's choice of shell when empty.
     pub cmd: String,
@@ -29,6 +29,8 @@ pub struct PtyOptions {
     /// User to run as; the sandbox's default user when absent.
     pub user: Option<String>,
 }
+
+wrenn_proto::discreet_debug!(PtyOptions shows(cmd, args, cols, rows, cwd, user) hides(envs));
 
 impl Default for PtyOptions {
     /// A login shell of 80 by 24.

@@ -14,6 +14,9 @@ pub enum TaskKind {
     /// Carries one decision about a sandbox to its host. At shutdown it may finish within the grace;
     /// cut short, the record is still in its transient status and the next process takes it up.
     Drive,
+    /// Answers a request that is not to be left half done when its client leaves. At shutdown it may finish within
+    /// the grace.
+    Request,
     /// Looks after hosts and records. At shutdown it ends at its next wait.
     Monitor,
     /// An extension's worker. At shutdown it ends at its next wait.
@@ -32,6 +35,7 @@ impl TaskKind {
     fn name(self) -> &'static str {
         match self {
             Self::Drive => "drive",
+            Self::Request => "request",
             Self::Monitor => "monitor",
             Self::Worker => "worker",
             Self::Extension => "extension",
@@ -44,7 +48,7 @@ impl TaskKind {
     fn stops_at_once(self) -> bool {
         match self {
             Self::Monitor | Self::Extension | Self::Housekeeping => true,
-            Self::Drive | Self::Mail | Self::Worker => false,
+            Self::Drive | Self::Request | Self::Mail | Self::Worker => false,
         }
     }
 }

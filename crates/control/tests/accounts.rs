@@ -128,6 +128,28 @@ impl Place {
         db.close().await.expect("closed");
     }
 
+    /// The newest entry of an action in the platform's log, which an admin that is made for this reads.
+    async fn noted(&self, action: &str) -> Value {
+        let control = &self.running.control;
+        let email = "auditor@example.com";
+        let made = control
+            .create_platform_admin(email, None, &Secret::new(PASSWORD))
+            .await;
+        let admin = match made {
+            Ok(admin) => admin,
+            Err(_) => control
+                .grant_platform_admin(email)
+                .await
+                .expect("no failure")
+                .expect("made before"),
+        };
+        let token = control.issue_session(admin, None).await.expect("a session");
+        let path = format!("/v1/admin/audit-logs?action={action}&limit=1");
+        let (status, mut page) = answer(self.request("GET", &path, Some(&token))).await;
+        assert_eq!(status, 200, "{page}");
+        page["entries"][0].take()
+    }
+
     /// How the database's SQL writes an id of the API.
     fn uuid(&self, id: &str) -> String {
         let (_, uuid) = id.split_once('-').expect("a prefix");
@@ -1423,6 +1445,87 @@ async fn of_the_last_two_ways_to_log_in_one_stays() {
     place.running.stop().await;
 }
 
+// ---- what the audit log knows of it
+
+/// Who acted, on what, with what outcome.
+fn facts(entry: &Value) -> [&Value; 4] {
+    ["actor_type", "actor_id", "resource_id", "outcome"].map(|field| &entry[field])
+}
+
+#[tokio::test]
+async fn the_log_says_who_came_in_and_how() {
+    let mut config = ControlConfig::new("/nowhere");
+    let sink = MailSink::start(&mut config).await;
+    let (place, fake) = Place::with_github(config.smtp).await;
+    let (system, success, denied) = (json!("system"), json!("success"), json!("denied"));
+    let (user, nobody) = (json!("user"), json!("anonymous"));
+    let ada = &place.person("ada@example.com").await["user_id"];
+    assert_eq!(
+        facts(&place.noted("account.signup").await),
+        [&user, ada, ada, &success]
+    );
+    let token = sink.token("ada@example.com", 1).await;
+    let mail = place.noted("account.activation_mail").await;
+    assert_eq!(facts(&mail), [&system, &Value::Null, ada, &success]);
+    let (status, session) = place.post("/v1/auth/activate", json!({"token": token})).await;
+    assert_eq!(status, 200, "{session}");
+    let entry = place.noted("account.activate").await;
+    assert_eq!(facts(&entry), [&user, ada, ada, &success]);
+    assert_eq!(entry["team_id"], session["team_id"]);
+
+    // Whose account a stranger tries is for admins to see; an address that nobody has is not.
+    place.login("ada@example.com", "wrong password").await;
+    let entry = place.noted("account.login").await;
+    assert_eq!(facts(&entry), [&nobody, &Value::Null, ada, &denied]);
+    place.login("hunter2@example.com", "wrong password").await;
+    let entry = place.noted("account.login").await;
+    assert_eq!(facts(&entry), [&nobody, &Value::Null, &Value::Null, &denied]);
+
+    place
+        .post("/v1/me/password/reset", json!({"email": "ada@example.com"}))
+        .await;
+    let token = sink.token("ada@example.com", 2).await;
+    let mail = place.noted("account.reset_mail").await;
+    assert_eq!(facts(&mail), [&system, &Value::Null, ada, &success]);
+    let body = json!({"token": token, "new_password": "a better password"});
+    assert_eq!(place.post("/v1/me/password/reset/confirm", body).await.0, 204);
+    assert_eq!(
+        facts(&place.noted("account.reset").await),
+        [&user, ada, ada, &success]
+    );
+
+    // Through a provider, as a program and as a browser, whose answer is a redirect.
+    let (_, session) = place.login("ada@example.com", "a better password").await;
+    let (url, cookie) = place.depart(Some(text(&session, "token"))).await;
+    let query = fake.consent(&url, 7, verified("else@example.com"));
+    assert_eq!(place.arrive(&query, &cookie).await.0, 204);
+    assert_eq!(
+        facts(&place.noted("account.connect").await),
+        [&user, ada, ada, &success]
+    );
+    let (url, cookie) = place.depart(None).await;
+    let query = fake.consent(&url, 7, verified("else@example.com"));
+    for (query, expected) in [
+        (query.as_str(), [&user, ada, ada, &success]),
+        (
+            "error=access_denied&state=x",
+            [&nobody, &Value::Null, &Value::Null, &denied],
+        ),
+    ] {
+        let path = format!("/v1/auth/oauth/github/callback?{query}");
+        let response = place
+            .request("GET", &path, None)
+            .header("accept", "text/html")
+            .header("cookie", &cookie)
+            .send()
+            .await
+            .expect("an answer");
+        assert_eq!(response.status(), 303);
+        assert_eq!(facts(&place.noted("account.oauth_login").await), expected);
+    }
+    place.running.stop().await;
+}
+
 // ---- operators
 
 #[tokio::test]
@@ -1482,5 +1585,23 @@ async fn operators_make_admins_and_set_passwords() {
             .expect("no failure"),
         None
     );
+    let host = control.issue_host_token(None).await.expect("a token").host_id;
+    for (action, resource) in [
+        ("host.issue_token", Some(host.to_string())),
+        ("admin.user_password", None),
+        ("admin.user_create", None),
+        ("admin.user_promote", None),
+    ] {
+        let entry = place.noted(action).await;
+        assert_eq!(
+            (&entry["actor_type"], &entry["actor_id"]),
+            (&json!("system"), &json!("cli")),
+            "{action}: {entry}"
+        );
+        assert!(entry["resource_id"].is_string(), "{entry}");
+        if let Some(resource) = resource {
+            assert_eq!(entry["resource_id"], resource);
+        }
+    }
     place.running.stop().await;
 }

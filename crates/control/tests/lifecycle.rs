@@ -655,3 +655,39 @@ async fn an_operation_without_an_answer_is_taken_up_again() {
     }
     world.host.wait_arrived(Call::Pause, 2).await;
 }
+
+#[tokio::test]
+async fn an_agents_token_is_sealed_in_the_database_and_older_rows_are_read() {
+    use sea_orm::ConnectionTrait as _;
+    use sea_orm::sea_query::Query;
+    let mut world = World::new().await;
+    let token = world.host.tokens().rpc_token.clone();
+    let db = world.database().await;
+    let backend = db.get_database_backend();
+    let stored = async || {
+        let query = Query::select().column("rpc_token").from("hosts").to_owned();
+        let row = db.query_one_raw(backend.build(&query)).await;
+        let row = row.expect("a query").expect("a host");
+        row.try_get::<String>("", "rpc_token").expect("a token")
+    };
+    let sealed = stored().await;
+    assert!(sealed.starts_with("v1:") && !sealed.contains(&token), "{sealed}");
+    world.sandbox().await;
+
+    // As an earlier version wrote it.
+    let mut update = Query::update();
+    update.table("hosts").value("rpc_token", token.clone());
+    db.execute_raw(backend.build(&update)).await.expect("an update");
+    world = world.restart().await;
+    world.host.heartbeat().await;
+    world.sandbox().await;
+    assert_eq!(stored().await, token);
+    // The agent's next exchange of tokens seals it; the token itself stays.
+    let body = json!({"refresh_token": world.host.tokens().refresh_token});
+    let (status, body) = world.post("/v1/hosts/auth/refresh", body).await;
+    assert_eq!(status, 200, "{body}");
+    let again = stored().await;
+    assert!(again.starts_with("v1:") && again != sealed, "{again}");
+    world.sandbox().await;
+    db.close().await.expect("closed");
+}

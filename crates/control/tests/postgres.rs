@@ -10,6 +10,8 @@ mod accounts;
 mod api;
 #[path = "around.rs"]
 mod around;
+#[path = "audit.rs"]
+mod audit;
 #[path = "authorisation.rs"]
 mod authorisation;
 #[path = "deletion.rs"]

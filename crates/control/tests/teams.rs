@@ -724,3 +724,56 @@ async fn the_platforms_sandboxes_are_its_admins_and_their_templates_are_everybod
         .await;
     assert_eq!((status, &body["status"]), (200, &json!("stopped")), "{body}");
 }
+
+#[tokio::test]
+async fn keys_of_teams_without_an_owner_in_use_stop_working() {
+    let world = World::new().await;
+    let admin = world.session(world.bootstrap.user_id, None).await;
+    let (ada, bob, eve) = (
+        world.person("ada").await,
+        world.person("bob").await,
+        world.person("eve").await,
+    );
+    // Ada owns hers alone, though Eve is in it; Bob's has Ada as another owner.
+    for (by, whom, role) in [(&ada, &eve, "admin"), (&bob, &ada, "owner")] {
+        let members = format!("/v1/teams/{}/members", by.team);
+        let body = Some(json!({"email": whom.email}));
+        assert_eq!(world.call_as(&by.token, "POST", &members, body).await.0, 201);
+        let body = Some(json!({"role": role}));
+        let path = format!("{members}/{}", whom.id);
+        assert_eq!(world.call_as(&by.token, "PATCH", &path, body).await.0, 200);
+    }
+    let mut keys = Vec::new();
+    for person in [&ada, &bob] {
+        let body = Some(json!({"name": "k"}));
+        let (status, key) = world.call_as(&person.token, "POST", "/v1/api-keys", body).await;
+        assert_eq!(status, 201, "{key}");
+        keys.push(key["key"].as_str().expect("a key").to_owned());
+    }
+    let (_, operators) = world.running.control.create_team("ops").await.expect("a team");
+    keys.push(operators);
+    // A key that is known is forgotten at once here; others ask again within a second.
+    let works = async |world: &World| {
+        let mut statuses = Vec::new();
+        for key in &keys {
+            let request = world
+                .http
+                .get(world.url("/v1/sandboxes"))
+                .header("x-api-key", key);
+            statuses.push(answer(request).await.0);
+        }
+        statuses
+    };
+    assert_eq!(works(&world).await, [200, 200, 200]);
+    let set = async |id: wrenn_proto::id::UserId, active: bool| {
+        let path = format!("/v1/admin/users/{id}/active");
+        let body = Some(json!({"active": active}));
+        assert_eq!(world.call_as(&admin, "PUT", &path, body).await.0, 204);
+    };
+    set(ada.id, false).await;
+    assert_eq!(works(&world).await, [401, 200, 200]);
+    set(bob.id, false).await;
+    assert_eq!(works(&world).await, [401, 401, 200]);
+    set(ada.id, true).await;
+    assert_eq!(works(&world).await, [200, 200, 200]);
+}

@@ -11,13 +11,43 @@ use serde::{Deserialize, Serialize};
 #[cfg(feature = "openapi")]
 use utoipa::ToSchema;
 
+/// Implements `Debug` for a struct that holds secrets: the fields of the first list are shown, those of the second are
+/// not. A field that is in neither list does not compile, so that nobody adds one without a thought.
+#[macro_export]
+macro_rules! discreet_debug {
+    ($name:ident shows($($shown:ident),* $(,)?) hides($($hidden:ident),+ $(,)?)) => {
+        impl ::std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut ::std::fmt::Formatter<'_>) -> ::std::fmt::Result {
+                let Self { $($shown,)* $($hidden: _),+ } = self;
+                f.debug_struct(stringify!($name))
+                    $(.field(stringify!($shown), $shown))*
+                    .finish_non_exhaustive()
+            }
+        }
+    };
+}
+
+/// Bodies. One that holds secrets says which fields its `Debug` shows, and which it hides.
 macro_rules! body {
-    ($($(#[$meta:meta])* pub struct $name:ident { $($fields:tt)* })*) => {$(
+    ($($(#[$meta:meta])* pub struct $name:ident $(shows($($shown:ident),*) hides($($hidden:ident),+))? {
+        $($fields:tt)*
+    })*) => {$(
+        body!(@one ($(shows($($shown),*) hides($($hidden),+))?) $(#[$meta])* pub struct $name { $($fields)* });
+    )*};
+    (@one () $(#[$meta:meta])* pub struct $name:ident { $($fields:tt)* }) => {
         #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
         #[cfg_attr(feature = "openapi", derive(ToSchema))]
         $(#[$meta])*
         pub struct $name { $($fields)* }
-    )*};
+    };
+    (@one ($($lists:tt)+) $(#[$meta:meta])* pub struct $name:ident { $($fields:tt)* }) => {
+        #[derive(Clone, PartialEq, Serialize, Deserialize)]
+        #[cfg_attr(feature = "openapi", derive(ToSchema))]
+        $(#[$meta])*
+        pub struct $name { $($fields)* }
+
+        $crate::discreet_debug!($name $($lists)+);
+    };
 }
 
 mod accounts;
@@ -135,7 +165,9 @@ body! {
     /// Request body of `POST /v1/sandboxes`. Every field may be left out.
     #[derive(Default)]
     #[serde(default)]
-    pub struct CreateSandbox {
+    pub struct CreateSandbox
+        shows(template, vcpus, memory_mb, timeout_sec, disk_size_mb, metadata) hides(envs)
+    {
         /// Template name or id; `minimal` when absent.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub template: Option<String>,
@@ -209,7 +241,7 @@ body! {
     /// Request body of `POST /v1/sandboxes/{id}/exec`.
     #[derive(Default)]
     #[serde(default)]
-    pub struct Exec {
+    pub struct Exec shows(cmd, args, background, timeout_sec, cwd, tag, user) hides(envs) {
         /// Program to run; looked up in the user's `PATH`.
         pub cmd: String,
         /// Its arguments.
@@ -421,7 +453,7 @@ body! {
     }
 
     /// Request body of `POST /v1/hosts/register`.
-    pub struct RegisterHost {
+    pub struct RegisterHost shows(arch, cpu_cores, memory_mb, disk_gb, address) hides(token) {
         /// The one-time registration token.
         pub token: String,
         /// For example `x86_64`.
@@ -437,7 +469,7 @@ body! {
     }
 
     /// Answer to `POST /v1/hosts/register`; the secrets are shown once.
-    pub struct RegisteredHost {
+    pub struct RegisteredHost shows(host_id) hides(token, refresh_token, rpc_token) {
         /// The host's id.
         pub host_id: String,
         /// Bearer token of the agent's calls to the control plane.
@@ -449,13 +481,13 @@ body! {
     }
 
     /// Request body of `POST /v1/hosts/auth/refresh`.
-    pub struct RefreshHostToken {
+    pub struct RefreshHostToken shows() hides(refresh_token) {
         /// The refresh token; used up by the call.
         pub refresh_token: String,
     }
 
     /// Answer to `POST /v1/hosts/auth/refresh`.
-    pub struct HostTokens {
+    pub struct HostTokens shows() hides(token, refresh_token) {
         /// New bearer token.
         pub token: String,
         /// New refresh token.
@@ -561,7 +593,7 @@ pub enum TemplateStatus {
 }
 
 /// Text frames of the exec, process and PTY WebSockets. Data of a PTY may also travel in binary frames.
-#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum ClientFrame {
     /// First frame: what to start. `cols` and `rows` only on `/pty`.
@@ -621,6 +653,26 @@ pub enum ClientFrame {
     Stop {},
     /// Answer to `ping`.
     Pong {},
+}
+
+impl std::fmt::Debug for ClientFrame {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            // Neither the environment's values nor what somebody types (a password, say) belong into logs.
+            Self::Start { cmd, args, .. } => f
+                .debug_struct("Start")
+                .field("cmd", cmd)
+                .field("args", args)
+                .finish_non_exhaustive(),
+            Self::Connect { tag } => f.debug_struct("Connect").field("tag", tag).finish(),
+            Self::Input { .. } => f.debug_struct("Input").finish_non_exhaustive(),
+            Self::Eof {} => f.write_str("Eof"),
+            Self::Resize { cols, rows } => write!(f, "Resize({cols}x{rows})"),
+            Self::Kill {} => f.write_str("Kill"),
+            Self::Stop {} => f.write_str("Stop"),
+            Self::Pong {} => f.write_str("Pong"),
+        }
+    }
 }
 
 /// Text frames that the server sends.

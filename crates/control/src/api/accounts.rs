@@ -12,6 +12,7 @@ use wrenn_proto::rest::{
     SignUp, SignedUp, SwitchTeam, UpdateMe,
 };
 
+use super::audit::AuditNotes;
 use super::error::{ApiError, ApiResult};
 use super::extract::{Body, ClientAddress, Params, Segments, Signed};
 use crate::service::Services;
@@ -63,9 +64,12 @@ pub(crate) async fn signup(
 pub(crate) async fn login(
     State(services): State<Services>,
     ClientAddress(from): ClientAddress,
+    notes: AuditNotes,
     Body(body): Body<LogIn>,
 ) -> ApiResult<Json<LoggedIn>> {
-    Ok(Json(services.log_in(from, body).await?))
+    // Of what was typed only an account that exists is noted, by its id: some type their password as address.
+    let tried = |user| notes.resource(user);
+    Ok(Json(services.log_in(from, body, tried).await?))
 }
 
 /// Activate an account by the token of its mail, and begin a session.
@@ -160,9 +164,11 @@ pub(crate) async fn reset_password(
 pub(crate) async fn confirm_reset(
     State(services): State<Services>,
     ClientAddress(from): ClientAddress,
+    notes: AuditNotes,
     Body(body): Body<ConfirmReset>,
 ) -> ApiResult<StatusCode> {
-    services.confirm_reset(from, body).await?;
+    let user = services.confirm_reset(from, body).await?;
+    notes.proved(user, None);
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -211,15 +217,25 @@ pub(crate) struct Callback {
 pub(crate) async fn oauth_callback(
     State(services): State<Services>,
     ClientAddress(from): ClientAddress,
+    notes: AuditNotes,
     Segments(provider): Segments<String>,
     headers: HeaderMap,
     Params(query): Params<Callback>,
 ) -> ApiResult<Response> {
     let arrival = arrive(&services, from, &provider, &headers, query).await;
+    match &arrival {
+        Ok(Arrival::LoggedIn { user, team, .. }) => notes.proved(*user, *team),
+        Ok(Arrival::Connected { user, .. }) => {
+            notes.action("account.connect");
+            notes.proved(*user, None);
+        }
+        // A browser is sent on with a status that does not tell.
+        Err(error) => notes.failed(error.code),
+    }
     let mut response = match (arrival, wants(&headers, "application/json")) {
-        (Ok(Arrival::LoggedIn(session)), true) => Json(session).into_response(),
-        (Ok(Arrival::Connected(_)), true) => StatusCode::NO_CONTENT.into_response(),
-        (Ok(Arrival::LoggedIn(session)), false) => {
+        (Ok(Arrival::LoggedIn { session, .. }), true) => Json(session).into_response(),
+        (Ok(Arrival::Connected { .. }), true) => StatusCode::NO_CONTENT.into_response(),
+        (Ok(Arrival::LoggedIn { session, .. }), false) => {
             let LoggedIn {
                 token,
                 user_id,
@@ -236,7 +252,7 @@ pub(crate) async fn oauth_callback(
             ];
             to_dashboard(&services, "login", &fields)
         }
-        (Ok(Arrival::Connected(provider)), false) => {
+        (Ok(Arrival::Connected { provider, .. }), false) => {
             to_dashboard(&services, "settings", &[("connected", &provider)])
         }
         // A person in front of a browser gets the dashboard's words, a program the error.

@@ -198,6 +198,9 @@ async fn list_users(
 }
 
 /// Let a user log in, or end their sessions and keep them out.
+///
+/// API keys of teams that the user owns alone stop working too, within a second, and work again with the user. What runs
+/// in those teams runs on.
 #[utoipa::path(put, path = "/v1/admin/users/{id}/active", tag = "admin", operation_id = "admin_set_user_active",
     params(("id" = String, Path, description = "`usr-{uuid}`")), security(("session" = [])),
     request_body = SetUserActive, responses(

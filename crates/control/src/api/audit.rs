@@ -2,25 +2,34 @@
 //!
 //! [`ROUTES`] names the action of every route that changes something; a test compares it with the OpenAPI
 //! document. A route that is in no table (an extension's) is recorded under its method and path. Requests
-//! are recorded when their answer is known, and also when the client goes away before. Bodies are never
-//! recorded; of an answer, only the id of what was created is read.
+//! are recorded when their answer is known, and also when the client goes away before: those of which only the
+//! answer tells who it was or what was made run to their end all the same, others are recorded with an unknown
+//! outcome. Bodies are never recorded; of an answer, only the id of what was created is read. Where the answer
+//! does not tell either (a redirect, an empty one), handlers note it ([`AuditNotes`]).
+
+mod notes;
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError};
+use std::sync::LazyLock;
 
 use axum::body::{Body, HttpBody as _};
 use axum::extract::{FromRequestParts as _, MatchedPath, RawPathParams, Request, State};
-use axum::http::{Extensions, Method, StatusCode, header};
+use axum::http::{Method, StatusCode, header};
 use axum::middleware::Next;
-use axum::response::Response;
+use axum::response::{IntoResponse as _, Response};
 use serde_json::Value;
 
+use super::error::ApiError;
 use super::extract::ClientAddress;
 use super::idempotency::Replayed;
+use crate::Error;
 use crate::domain::around::{ActorType, AuditActor, AuditEntry, AuditOutcome};
 use crate::domain::{AuditId, TeamId, now};
 use crate::service::Services;
+use crate::tasks::TaskKind;
+
+pub(crate) use notes::AuditNotes;
 
 /// Largest answer that is searched for an id, bytes.
 const MAX_ANSWER: u64 = 1 << 20;
@@ -50,6 +59,8 @@ struct Route {
     identifies: Identifies,
     /// Takes an `Idempotency-Key`.
     once: bool,
+    /// A WebSocket: its caller may be known only after the answer.
+    socket: bool,
 }
 
 /// Who a caller without a session or key turns out to be.
@@ -61,6 +72,8 @@ enum Identifies {
     User,
     /// A host agent: the host of `host_id`, where the answer has it.
     Host,
+    /// Whom the handler notes.
+    Noted,
 }
 
 impl Route {
@@ -78,8 +91,24 @@ impl Route {
         }
     }
 
+    const fn noted(self) -> Self {
+        Self {
+            identifies: Identifies::Noted,
+            ..self
+        }
+    }
+
     const fn once(self) -> Self {
         Self { once: true, ..self }
+    }
+
+    const fn socket(self) -> Self {
+        Self { socket: true, ..self }
+    }
+
+    /// Whether only its end tells what the log has to know.
+    const fn tells_at_its_end(&self) -> bool {
+        matches!(self.id, Answer(_)) || !matches!(self.identifies, Identifies::Nobody)
     }
 }
 
@@ -98,6 +127,7 @@ const fn on(
         id,
         identifies: Identifies::Nobody,
         once: false,
+        socket: false,
     }
 }
 
@@ -111,9 +141,10 @@ const ROUTES: &[Route] = &[
     on("POST", "/v1/auth/login", "account.login", "user", Answer("/user_id")).user(),
     on("POST", "/v1/auth/activate", "account.activate", "user", Answer("/user_id")).user(),
     on("POST", "/v1/auth/switch-team", "account.switch_team", "team", Answer("/team_id")),
-    on("GET", "/v1/auth/oauth/{provider}/callback", "account.oauth_login", "user", Answer("/user_id")).user(),
+    // A connection of an account that exists is noted as `account.connect`.
+    on("GET", "/v1/auth/oauth/{provider}/callback", "account.oauth_login", "user", Caller).noted(),
     on("POST", "/v1/me/password/reset", "account.reset_request", "user", Id::None),
-    on("POST", "/v1/me/password/reset/confirm", "account.reset", "user", Id::None),
+    on("POST", "/v1/me/password/reset/confirm", "account.reset", "user", Caller).noted(),
     on("PATCH", "/v1/me", "account.update", "user", Caller),
     on("DELETE", "/v1/me", "account.delete", "user", Caller),
     on("POST", "/v1/me/password", "account.password", "user", Caller),
@@ -134,8 +165,8 @@ const ROUTES: &[Route] = &[
     on("POST", "/v1/sandboxes/{id}/pause", "sandbox.pause", "sandbox", Path("id")),
     on("POST", "/v1/sandboxes/{id}/resume", "sandbox.resume", "sandbox", Path("id")),
     on("POST", "/v1/sandboxes/{id}/exec", "sandbox.exec", "sandbox", Path("id")),
-    on("GET", "/v1/sandboxes/{id}/exec/stream", "sandbox.exec", "sandbox", Path("id")),
-    on("GET", "/v1/sandboxes/{id}/pty", "sandbox.pty", "sandbox", Path("id")),
+    on("GET", "/v1/sandboxes/{id}/exec/stream", "sandbox.exec", "sandbox", Path("id")).socket(),
+    on("GET", "/v1/sandboxes/{id}/pty", "sandbox.pty", "sandbox", Path("id")).socket(),
     on("DELETE", "/v1/sandboxes/{id}/processes/{selector}", "sandbox.kill", "sandbox", Path("id")),
     on("POST", "/v1/sandboxes/{id}/files/write", "sandbox.file_write", "sandbox", Path("id")),
     on("POST", "/v1/sandboxes/{id}/files/stream/write", "sandbox.file_write", "sandbox", Path("id")),
@@ -242,58 +273,6 @@ pub(super) fn of_platform(matched: &str) -> bool {
     canonical(matched).1
 }
 
-/// Where a request's extractors leave who the caller is, for the log.
-#[derive(Debug, Clone, Default)]
-pub(crate) struct ActorSlot(Arc<Slot>);
-
-#[derive(Default)]
-struct Slot {
-    known: OnceLock<(AuditActor, Option<TeamId>)>,
-    /// The entry of a WebSocket whose caller is not known when it is answered.
-    waiting: Mutex<Option<(Services, AuditEntry)>>,
-}
-
-impl std::fmt::Debug for Slot {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Slot")
-            .field("known", &self.known)
-            .finish_non_exhaustive()
-    }
-}
-
-impl ActorSlot {
-    /// Notes the caller; the first note stays.
-    pub(crate) fn note(extensions: &Extensions, actor: AuditActor, team: Option<TeamId>) {
-        if let Some(Self(slot)) = extensions.get::<Self>() {
-            let _ = slot.known.set((actor, team));
-        }
-    }
-
-    /// The caller became known after the answer, or was refused: the entry that waited is complete.
-    pub(crate) fn late(&self, known: Option<(AuditActor, TeamId)>) {
-        let waiting = self
-            .0
-            .waiting
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .take();
-        let Some((services, mut entry)) = waiting else {
-            return;
-        };
-        match known {
-            Some((actor, team)) => {
-                entry.actor = actor;
-                entry.team = Some(team);
-            }
-            None => {
-                entry.status = Some(StatusCode::UNAUTHORIZED.as_u16());
-                entry.outcome = AuditOutcome::Denied;
-            }
-        }
-        services.audit(entry);
-    }
-}
-
 /// Records requests that change something.
 pub(super) async fn record(
     State(services): State<Services>,
@@ -320,10 +299,10 @@ pub(super) async fn record(
                 .collect()
         })
         .unwrap_or_default();
-    let slot = ActorSlot::default();
-    parts.extensions.insert(slot.clone());
+    let notes = AuditNotes::default();
+    parts.extensions.insert(notes.clone());
     let source = ClientAddress::of(&parts.extensions, &parts.headers, &services).0;
-    let mut record = Record {
+    let record = Record {
         services,
         route,
         action: match route {
@@ -340,21 +319,22 @@ pub(super) async fn record(
                 .map(|(_, value)| value),
             _ => None,
         },
-        slot,
+        notes,
         source,
-        socket: parts.method == Method::GET
-            && route.is_some_and(|route| route.identifies == Identifies::Nobody),
         done: false,
     };
-    let response = next.run(Request::from_parts(parts, body)).await;
-    if response.extensions().get::<Replayed>().is_some() {
-        // It happened, and was recorded, when it was first asked for.
-        record.done = true;
-        return response;
+    let request = Request::from_parts(parts, body);
+    if !route.is_some_and(Route::tells_at_its_end) {
+        return record.run(request, next).await;
     }
-    let response = record.learn(response).await;
-    record.write(Some(response.status()));
-    response
+    // In a task of its own, which a client that goes away does not end.
+    let (tell, told) = tokio::sync::oneshot::channel();
+    let tasks = record.services.tasks.clone();
+    tasks.spawn(TaskKind::Request, async move {
+        let _ = tell.send(record.run(request, next).await);
+    });
+    told.await
+        .unwrap_or_else(|_| ApiError(Error::internal("a request ended without an answer")).into_response())
 }
 
 /// The team that a path names, where it names one.
@@ -374,14 +354,25 @@ struct Record {
     /// The team that is acted on, if the path says so.
     team: Option<TeamId>,
     resource_id: Option<String>,
-    slot: ActorSlot,
+    notes: AuditNotes,
     source: Option<IpAddr>,
-    /// A WebSocket: its caller may be known only after the answer.
-    socket: bool,
     done: bool,
 }
 
 impl Record {
+    /// Answers the request, and writes what came of it.
+    async fn run(mut self, request: Request, next: Next) -> Response {
+        let response = next.run(request).await;
+        if response.extensions().get::<Replayed>().is_some() {
+            // It happened, and was recorded, when it was first asked for.
+            self.done = true;
+            return response;
+        }
+        let response = self.learn(response).await;
+        self.write(Some(response.status()));
+        response
+    }
+
     /// Reads from a successful answer what only it knows.
     async fn learn(&mut self, response: Response) -> Response {
         let Some(route) = self.route else {
@@ -392,12 +383,11 @@ impl Record {
             .size_hint()
             .upper()
             .is_some_and(|size| size <= MAX_ANSWER);
-        let wanted = matches!(route.id, Answer(_)) || route.identifies != Identifies::Nobody;
         let json = response
             .headers()
             .get(header::CONTENT_TYPE)
             .is_some_and(|value| value.as_bytes().starts_with(b"application/json"));
-        if !(response.status().is_success() && small && wanted && json) {
+        if !(response.status().is_success() && small && route.tells_at_its_end() && json) {
             return response;
         }
         let (parts, body) = response.into_parts();
@@ -414,29 +404,31 @@ impl Record {
         }
         let id = |pointer: &str| text(pointer).map(str::to_owned);
         let proved = match route.identifies {
-            Identifies::Nobody => None,
+            Identifies::Nobody | Identifies::Noted => None,
             Identifies::User => id("/user_id").map(|user| (ActorType::User, Some(user))),
             Identifies::Host => Some((ActorType::System, id("/host_id"))),
         };
         if let Some((kind, id)) = proved {
             let team = text("/team_id").and_then(|team| team.parse().ok());
-            let _ = self.slot.0.known.set((AuditActor { kind, id }, team));
+            self.notes.actor(AuditActor { kind, id }, team);
         }
         Response::from_parts(parts, Body::from(bytes))
     }
 
     fn write(&mut self, status: Option<StatusCode>) {
         self.done = true;
-        let known = self.slot.0.known.get().cloned();
-        let success = status.is_none_or(|status| status.as_u16() < 400);
-        let outcome = match status {
+        let known = self.notes.noted_actor();
+        let noted = self.notes.noted_outcome();
+        let success = noted.is_none() && status.is_none_or(|status| status.as_u16() < 400);
+        let outcome = noted.unwrap_or(match status {
             None => AuditOutcome::Unknown,
+
             Some(_) if success => AuditOutcome::Success,
             Some(StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN | StatusCode::TOO_MANY_REQUESTS) => {
                 AuditOutcome::Denied
             }
             Some(_) => AuditOutcome::Failure,
-        };
+        });
         // Of callers who are not known, only what they achieved and what they were denied counts.
         let counts = match outcome {
             _ if known.is_some() => true,
@@ -447,18 +439,21 @@ impl Record {
             return;
         }
         // The caller of a WebSocket may yet say who it is.
-        let late = self.socket && success && known.is_none();
+        let late = success && known.is_none() && self.route.is_some_and(|route| route.socket);
         let (actor, own) = known.unwrap_or((AuditActor::ANONYMOUS, None));
         let mut resource_id = self.resource_id.take();
         if self.route.is_some_and(|route| route.id == Caller) {
             resource_id.clone_from(&actor.id);
         }
+        let resource_id = self.notes.noted_resource().or(resource_id);
+        let action = std::mem::take(&mut self.action);
+        let action = self.notes.noted_action().map_or(action, str::to_owned);
         let entry = AuditEntry {
             id: AuditId::new(),
             // What failed must not appear in the log of a team that is not the caller's.
             team: self.team.filter(|_| success).or(own),
             actor,
-            action: std::mem::take(&mut self.action),
+            action,
             resource_type: self.route.map_or("route", |route| route.resource).to_owned(),
             resource_id,
             status: status.map(|status| status.as_u16()),
@@ -467,8 +462,7 @@ impl Record {
             at: now(),
         };
         if late {
-            let waiting = &self.slot.0.waiting;
-            *waiting.lock().unwrap_or_else(PoisonError::into_inner) = Some((self.services.clone(), entry));
+            self.notes.wait(self.services.clone(), entry);
         } else {
             self.services.audit(entry);
         }

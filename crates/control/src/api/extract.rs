@@ -10,7 +10,7 @@ use axum::http::{Extensions, HeaderMap, header};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 
-use super::audit::ActorSlot;
+use super::audit::AuditNotes;
 use super::error::ApiError;
 use crate::domain::around::{ActorType, AuditActor};
 use crate::domain::{Actor, Host, Principal, Realm, Session};
@@ -40,7 +40,7 @@ impl FromRequestParts<Services> for Caller {
             Realm::Team => services.authenticate(key, bearer).await?,
             Realm::Platform => services.authenticate_platform(bearer).await?,
         };
-        ActorSlot::note(&parts.extensions, principal.actor.into(), Some(principal.team));
+        AuditNotes::caller(&parts.extensions, principal.actor.into(), Some(principal.team));
         Ok(Self(principal))
     }
 }
@@ -55,7 +55,7 @@ impl FromRequestParts<Services> for Signed {
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
         let session = services.authenticate_session(bearer(&parts.headers)).await?;
         let team = session.team.map(|(team, _)| team);
-        ActorSlot::note(&parts.extensions, Actor::User(session.user).into(), team);
+        AuditNotes::caller(&parts.extensions, Actor::User(session.user).into(), team);
         Ok(Self(session))
     }
 }
@@ -69,7 +69,7 @@ impl FromRequestParts<Services> for PlatformAdmin {
 
     async fn from_request_parts(parts: &mut Parts, services: &Services) -> Result<Self, ApiError> {
         let session = services.authenticate_admin(bearer(&parts.headers)).await?;
-        ActorSlot::note(&parts.extensions, Actor::User(session.user).into(), None);
+        AuditNotes::caller(&parts.extensions, Actor::User(session.user).into(), None);
         Ok(Self(session))
     }
 }
@@ -82,15 +82,17 @@ pub(crate) struct SocketCaller {
     /// With what it is known: an API key, a bearer token.
     pub(crate) credential: (Option<String>, Option<String>),
     pub(crate) realm: Realm,
+    /// Where the connection comes from.
+    pub(crate) source: Option<IpAddr>,
     /// Where the audit log waits to learn who it is.
-    slot: Option<ActorSlot>,
+    notes: Option<AuditNotes>,
 }
 
 impl SocketCaller {
     /// The client has said who it is, or has failed to.
     pub(crate) fn identified(&self, principal: Option<&Principal>) {
-        if let Some(slot) = &self.slot {
-            slot.late(principal.map(|principal| (principal.actor.into(), principal.team)));
+        if let Some(notes) = &self.notes {
+            notes.late(principal.map(|principal| (principal.actor.into(), principal.team)));
         }
     }
 }
@@ -103,12 +105,14 @@ impl FromRequestParts<Services> for SocketCaller {
             header::HeaderName::from_static("x-api-key"),
             header::AUTHORIZATION,
         ];
+        let source = ClientAddress::of(&parts.extensions, &parts.headers, services).0;
         if !tried.iter().any(|name| parts.headers.contains_key(name)) {
             return Ok(Self {
                 known: None,
                 credential: (None, None),
                 realm: realm(parts),
-                slot: parts.extensions.get().cloned(),
+                source,
+                notes: parts.extensions.get().cloned(),
             });
         }
         let Caller(principal) = Caller::from_request_parts(parts, services).await?;
@@ -120,7 +124,8 @@ impl FromRequestParts<Services> for SocketCaller {
             known: Some(principal),
             credential: (key.map(str::to_owned), bearer(&parts.headers).map(str::to_owned)),
             realm: realm(parts),
-            slot: None,
+            source,
+            notes: None,
         })
     }
 }
@@ -138,7 +143,7 @@ impl FromRequestParts<Services> for Agent {
             kind: ActorType::System,
             id: Some(host.id.to_string()),
         };
-        ActorSlot::note(&parts.extensions, actor, None);
+        AuditNotes::caller(&parts.extensions, actor, None);
         Ok(Self(host))
     }
 }

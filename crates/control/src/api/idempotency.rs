@@ -6,6 +6,7 @@ use axum::http::{HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 use sha2::{Digest as _, Sha256};
+use wrenn_proto::rest::Secret;
 
 use super::audit;
 use super::error::{ApiError, ApiResult};
@@ -147,7 +148,7 @@ async fn execute(services: &Services, execution: &Execution, request: Request, n
             .get(header::CONTENT_TYPE)
             .and_then(|value| value.to_str().ok())
             .map(str::to_owned),
-        body: String::from_utf8_lossy(&bytes).into_owned(),
+        body: Secret::new(String::from_utf8_lossy(&bytes)),
     };
     services.idempotency_end(execution, Some(answer)).await;
     Response::from_parts(parts, Body::from(bytes))
@@ -159,7 +160,7 @@ fn replay(answer: KeptAnswer) -> Response {
         content_type,
         body,
     } = answer;
-    let mut response = Response::new(Body::from(body));
+    let mut response = Response::new(Body::from(body.reveal().to_owned()));
     *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::OK);
     if let Some(value) = content_type.and_then(|value| HeaderValue::try_from(value).ok()) {
         response.headers_mut().insert(header::CONTENT_TYPE, value);

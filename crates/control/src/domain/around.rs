@@ -21,6 +21,15 @@ impl AuditActor {
         kind: ActorType::System,
         id: None,
     };
+    /// An operator at the command line, who needs no account.
+    #[must_use]
+    pub fn cli() -> Self {
+        Self {
+            kind: ActorType::System,
+            id: Some("cli".to_owned()),
+        }
+    }
+
     /// Somebody who could not be identified.
     pub const ANONYMOUS: Self = Self {
         kind: ActorType::Anonymous,
@@ -107,6 +116,15 @@ impl AuditEntry {
             at: super::now(),
         }
     }
+
+    /// Something that an operator did at the command line, on the database itself.
+    #[must_use]
+    pub fn cli(action: &str, resource_type: &str, resource_id: impl std::fmt::Display) -> Self {
+        Self {
+            actor: AuditActor::cli(),
+            ..Self::system(None, action, resource_type, resource_id)
+        }
+    }
 }
 
 /// Something that channels may tell.
@@ -129,7 +147,7 @@ pub struct ChannelEvent {
 }
 
 /// A notification channel as stored; its configuration is sealed.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Clone, PartialEq, Eq)]
 pub struct Channel {
     /// Its id.
     pub id: ChannelId,
@@ -156,3 +174,9 @@ pub struct Channel {
     /// Why it did.
     pub last_error: Option<String>,
 }
+
+wrenn_proto::discreet_debug!(Channel
+    shows(
+        id, team, name, provider, events, created_by, created_at, updated_at, delivered_at, failed_at, last_error,
+    )
+    hides(sealed));

@@ -126,7 +126,7 @@ pub struct Failure {
 }
 
 /// A sandbox as the control plane knows it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Clone, PartialEq)]
 pub struct Sandbox {
     /// Its id.
     pub id: SandboxId,
@@ -175,6 +175,14 @@ pub struct Sandbox {
     /// Who made the newest decision about it; the platform by itself when absent.
     pub actor: Option<Actor>,
 }
+
+wrenn_proto::discreet_debug!(Sandbox
+    shows(
+        id, team, host, template, template_team, template_name, status, previous, generation, snapshot, vcpus, memory_mb,
+        disk_size_mb, timeout_sec, metadata, failure, created_at, started_at, last_active_at, updated_at, status_at,
+        actor,
+    )
+    hides(envs));
 
 /// A template.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -252,7 +260,7 @@ pub struct Host {
     pub status: HostStatus,
     /// Where the agent serves.
     pub address: String,
-    /// What the control plane presents to the agent.
+    /// What the control plane presents to the agent, as stored: sealed, or (from before it was) as it is.
     pub(crate) rpc_token: String,
     /// Its processors.
     pub cpu_cores: u32,

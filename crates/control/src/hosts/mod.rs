@@ -1,6 +1,6 @@
 //! The control plane's side of its hosts: clients, placement, and what their answers mean.
 
-mod pool;
+pub(crate) mod pool;
 pub(crate) mod rpc;
 mod scheduler;
 

@@ -58,12 +58,14 @@ impl Services {
         Ok(Page::cut(found, page.limit))
     }
 
-    /// Lets a user log in, or ends their sessions and keeps them out.
+    /// Lets a user log in, or ends their sessions and keeps them out. Keys of teams that have no other owner in use stop
+    /// working with it, and work again when an owner is back; what runs in such a team runs on.
     pub(crate) async fn set_active(&self, admin: &Session, id: &str, active: bool) -> Result<()> {
         let missing = || Error::not_found("user", id);
         let user: UserId = id.parse().map_err(|_| missing())?;
         match self.store.user_set_active(user, active).await? {
             Standing::Changed => {
+                self.known_keys.forget_all();
                 tracing::info!(admin = %admin.user, %user, active, "a platform admin changed whether a user may log in");
                 Ok(())
             }

@@ -3,6 +3,7 @@
 use super::Services;
 use crate::auth;
 use crate::domain::account::UserStatus;
+use crate::domain::around::AuditEntry;
 use crate::domain::{HostId, KeyId, TeamId, UserId, now};
 use crate::store::{NewAccount, NewKey};
 use crate::{Error, Result};
@@ -80,6 +81,7 @@ impl Services {
             Err(error) if crate::store::is_duplicate(&error) => return Ok(None),
             Err(error) => return Err(error.into()),
         };
+        self.audit(AuditEntry::system(None, "admin.user_create", "user", user_id));
         Ok(Some(Bootstrap {
             user_id,
             email,
@@ -95,6 +97,7 @@ impl Services {
         let hash = auth::hash(&key);
         let first_key = first_key(&key, &hash);
         let team = self.store.team_with_key(name, &new_slug()?, first_key).await?;
+        self.audit(AuditEntry::cli("team.create", "team", team));
         Ok((team, key))
     }
 
@@ -118,6 +121,7 @@ impl Services {
                     .await?
             }
         };
+        self.audit(AuditEntry::cli("host.issue_token", "host", host_id));
         Ok(HostToken { host_id, token })
     }
 }

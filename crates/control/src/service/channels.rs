@@ -81,7 +81,6 @@ fn fields(provider: ChannelProvider) -> &'static [Field] {
 }
 
 /// A channel with its configuration masked; `secret` only right after it was made up.
-#[derive(Debug)]
 pub struct ShownChannel {
     /// The channel.
     pub channel: Channel,
@@ -90,6 +89,8 @@ pub struct ShownChannel {
     /// What it signs with; only in the answer that made it.
     pub secret: Option<String>,
 }
+
+wrenn_proto::discreet_debug!(ShownChannel shows(channel, config) hides(secret));
 
 impl Services {
     /// Adds a channel.

@@ -13,6 +13,7 @@ use futures::StreamExt as _;
 use super::Services;
 use super::drive::millis;
 use super::teams::refused;
+use crate::domain::around::AuditEntry;
 use crate::domain::lifecycle::{Action, Request, decide};
 use crate::domain::membership::Refused;
 use crate::domain::{SandboxId, Session, TeamId, UserId, now};
@@ -86,6 +87,8 @@ impl Services {
             AccountDeletion::Deleted(teams) => {
                 tracing::info!(user = %session.user, teams = teams.len(), "an account was deleted");
                 for team in teams {
+                    // Asked for was the account's deletion; the teams' logs say what it meant for them.
+                    self.audit(AuditEntry::system(Some(team), "team.delete", "team", team));
                     self.start_purge(team);
                 }
                 Ok(())
@@ -142,16 +145,18 @@ impl Services {
             let Some(last) = page.last() else { break };
             after = Some(*last);
             for id in page {
-                self.destroy_unasked(id).await?;
+                if self.destroy_unasked(id).await? {
+                    self.audit(AuditEntry::system(Some(team), "sandbox.destroy", "sandbox", id));
+                }
                 left.push(id);
             }
         }
-        self.store.team_templates_hide(team, false).await?;
+        self.hide_templates(team, false).await?;
         futures::stream::iter(left)
             .for_each_concurrent(AT_ONCE, |id| self.drive_to_rest(id))
             .await;
         if self.store.sandboxes_left(team, None).await?.is_empty() {
-            self.store.team_templates_hide(team, true).await?;
+            self.hide_templates(team, true).await?;
         }
         for template in self.store.team_templates_hidden(team).await? {
             if let Err(error) = self.remove_template_files(template, team, None).await {
@@ -163,19 +168,32 @@ impl Services {
         Ok(self.store.team_purged(team).await?)
     }
 
-    /// Decides that a sandbox ends, whatever its status.
-    async fn destroy_unasked(&self, id: SandboxId) -> Result<()> {
+    async fn hide_templates(&self, team: TeamId, building: bool) -> Result<()> {
+        for template in self.store.team_templates_hide(team, building).await? {
+            self.audit(AuditEntry::system(
+                Some(team),
+                "template.delete",
+                "template",
+                template,
+            ));
+        }
+        Ok(())
+    }
+
+    /// Decides that a sandbox ends, whatever its status. Returns whether it was this that decided it.
+    async fn destroy_unasked(&self, id: SandboxId) -> Result<bool> {
         // Losing the race against another change means deciding again on what that change left.
         for _ in 0..16 {
             let Some(sandbox) = self.store.sandbox(id).await? else {
-                return Ok(());
+                return Ok(false);
             };
             let Action::Begin { to, previous } = decide(sandbox.status, Request::Destroy)? else {
-                return Ok(());
+                return Ok(false);
             };
             let change = Change::decide(to, None).previous(previous);
             match self.settle(&sandbox, change).await? {
-                Outcome::Updated | Outcome::Missing => return Ok(()),
+                Outcome::Updated => return Ok(true),
+                Outcome::Missing => return Ok(false),
                 Outcome::Stale => {}
             }
         }
@@ -195,7 +213,17 @@ impl Services {
     /// Deletes the rows of accounts whose grace is over. Returns how many.
     pub(crate) async fn hard_delete_pass(&self) -> Result<u64> {
         let grace = millis(self.config.timings.account_grace);
-        let deleted = self.store.accounts_hard_delete(now() - grace).await?;
+        let mut deleted = 0;
+        loop {
+            let page = self.store.accounts_hard_delete(now() - grace).await?;
+            if page.is_empty() {
+                break;
+            }
+            for user in page {
+                deleted += 1;
+                self.audit(AuditEntry::system(None, "account.hard_delete", "user", user));
+            }
+        }
         if deleted > 0 {
             tracing::info!(accounts = deleted, "accounts whose grace was over are gone");
         }

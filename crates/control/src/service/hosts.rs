@@ -11,6 +11,7 @@ use crate::domain::around::AuditEntry;
 use crate::domain::lifecycle::{HostState, Source, Verdict, apply_report};
 use crate::domain::{Failure, Host, HostId, Millis, SandboxId, TemplateId, now};
 use crate::events::Event;
+use crate::hosts::pool::{TOKEN_PREFIX, is_plain, seal_token};
 use crate::hosts::rpc;
 use crate::store::{Change, HostFacts, HostRegistration, Outcome};
 use crate::{Error, ErrorCode, Result};
@@ -68,7 +69,7 @@ impl Services {
             return Err(Error::invalid("arch must be a word such as x86_64"));
         }
         let tokens = Tokens::new()?;
-        let rpc_token = auth::random_secret("wrp_", 32)?;
+        let rpc_token = auth::random_secret(TOKEN_PREFIX, 32)?;
         let host = self
             .store
             .host_register(
@@ -79,7 +80,7 @@ impl Services {
                     memory_mb,
                     disk_gb,
                     address: &address,
-                    rpc_token: &rpc_token,
+                    rpc_token: &|host| seal_token(&self.secret, host, &rpc_token),
                     token_hash: &tokens.token_hash,
                     token_expires_at: tokens.token_expires_at,
                     refresh_hash: &tokens.refresh_hash,
@@ -106,7 +107,8 @@ impl Services {
     /// An agent exchanges its refresh token.
     pub(crate) async fn refresh_host(&self, body: RefreshHostToken) -> Result<HostTokens> {
         let tokens = Tokens::new()?;
-        self.store
+        let host = self
+            .store
             .host_refresh(
                 &auth::hash(&body.refresh_token),
                 &tokens.token_hash,
@@ -121,10 +123,26 @@ impl Services {
                     "the refresh token is unknown, used or too old",
                 )
             })?;
+        // Which agents do every few days. The agent has its new tokens whatever becomes of this.
+        if let Err(error) = self.seal_rpc_token(host).await {
+            tracing::error!(%host, error = &error as &dyn std::error::Error, "a host's RPC token stays unsealed");
+        }
         Ok(HostTokens {
             token: tokens.token,
             refresh_token: tokens.refresh,
         })
+    }
+
+    /// Seals a host's RPC token that is stored from before they were.
+    async fn seal_rpc_token(&self, id: HostId) -> Result<()> {
+        if let Some(host) = self.store.host(id).await?
+            && is_plain(&host.rpc_token)
+        {
+            let sealed = seal_token(&self.secret, id, &host.rpc_token)?;
+            // Another form means that the host has registered anew meanwhile, and that one is sealed.
+            self.store.host_reseal(id, &host.rpc_token, &sealed).await?;
+        }
+        Ok(())
     }
 
     /// An agent is alive.
@@ -178,6 +196,7 @@ impl Services {
         }
         if back {
             tracing::info!(host = %host.id, "a host is back");
+            self.audit(AuditEntry::system(None, "host.online", "host", host.id));
             self.bus.publish(Event::Outbox);
             self.poke();
             self.take_up_unfinished_on(host.id).await?;

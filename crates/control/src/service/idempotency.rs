@@ -7,6 +7,7 @@
 use std::time::Duration;
 
 use uuid::Uuid;
+use wrenn_proto::rest::Secret;
 
 use super::Services;
 use super::drive::millis;
@@ -23,7 +24,7 @@ const MAX_KEY: usize = 255;
 pub(crate) struct KeptAnswer {
     pub(crate) status: u16,
     pub(crate) content_type: Option<String>,
-    pub(crate) body: String,
+    pub(crate) body: Secret,
 }
 
 /// What to do with a request.
@@ -136,7 +137,7 @@ impl Services {
                 ));
             }
             if let Some((status, sealed)) = seen.answer {
-                let plain = self.secret.open(scope, &sealed)?;
+                let plain = self.secret.open(scope, &sealed.0)?;
                 let mut answer: KeptAnswer = serde_json::from_slice(&plain).map_err(Error::internal)?;
                 answer.status = status;
                 return Ok(Begun::Answered(answer));

@@ -26,13 +26,15 @@ const MAX_NAME: usize = 100;
 #[derive(Debug, Default)]
 pub(crate) struct KnownKeys(Mutex<Known>);
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct Known {
     keys: HashMap<String, (Principal, Instant)>,
     used: HashMap<KeyId, Millis>,
     /// Counts revocations: an answer that was asked for before one is not kept.
     revocations: u64,
 }
+
+wrenn_proto::discreet_debug!(Known shows(used, revocations) hides(keys));
 
 /// Remembers when a question was asked.
 #[derive(Debug, Clone, Copy)]
@@ -84,6 +86,11 @@ impl KnownKeys {
         let mut known = self.lock();
         known.revocations += 1;
         known.keys.retain(|_, (principal, _)| !revoked(principal));
+    }
+
+    /// Forgets all keys: those that count no more cannot be told apart here.
+    pub(crate) fn forget_all(&self) {
+        self.forget(|_| true);
     }
 
     /// Forgets a team's keys.

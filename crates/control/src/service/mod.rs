@@ -105,7 +105,6 @@ impl Services {
             inner: Arc::new(Inner {
                 accounts,
                 sessions: Sessions::new(&secret),
-                secret,
                 config,
                 store,
                 bus,
@@ -117,7 +116,8 @@ impl Services {
                 known_keys: keys::KnownKeys::default(),
                 purging: deletion::Purging::default(),
                 around: around::Around::default(),
-                pool: Pool::new(),
+                pool: Pool::new(secret.clone()),
+                secret,
                 scheduler: Scheduler::default(),
                 driven: Mutex::default(),
                 poke: tokio::sync::Notify::new(),
@@ -205,6 +205,135 @@ impl Services {
         self.poke.notify_one();
         if !self.leads() {
             self.bus.publish(Event::Poke);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeMap;
+
+    use wrenn_proto::rest::{ChannelProvider, Secret};
+
+    use super::*;
+    use crate::config::{OAuthProvider, SmtpConfig};
+    use crate::domain::account::{Account, UserStatus};
+    use crate::domain::around::Channel;
+    use crate::domain::{ChannelId, Host, HostStatus, TeamId, TemplateId, UserId};
+
+    #[test]
+    fn what_services_pass_around_shows_no_secrets() {
+        let marked = || BTreeMap::from([("PASSWORD".to_owned(), "hunter2".to_owned())]);
+        let text = || "hunter2".to_owned();
+        let sandbox = Sandbox {
+            id: SandboxId::new(),
+            team: TeamId::new(),
+            host: None,
+            template: TemplateId::MINIMAL,
+            template_team: TeamId::PLATFORM,
+            template_name: "minimal".to_owned(),
+            status: SandboxStatus::Pending,
+            previous: None,
+            generation: 1,
+            snapshot: None,
+            vcpus: 1,
+            memory_mb: 512,
+            disk_size_mb: 1024,
+            timeout_sec: 0,
+            metadata: BTreeMap::new(),
+            envs: marked(),
+            failure: None,
+            created_at: 0,
+            started_at: None,
+            last_active_at: None,
+            updated_at: 0,
+            status_at: 0,
+            actor: None,
+        };
+        let channel = Channel {
+            id: ChannelId::new(),
+            team: TeamId::new(),
+            name: "c".to_owned(),
+            provider: ChannelProvider::Webhook,
+            sealed: text(),
+            events: Vec::new(),
+            created_by: None,
+            created_at: 0,
+            updated_at: 0,
+            delivered_at: None,
+            failed_at: None,
+            last_error: None,
+        };
+        let host = Host {
+            id: HostId::new(),
+            status: HostStatus::Online,
+            address: "http://h:1".to_owned(),
+            rpc_token: text(),
+            cpu_cores: 1,
+            memory_mb: 1,
+            disk_gb: 1,
+            memory_available_mb: 1,
+            disk_available_mb: 1,
+            last_heartbeat_at: None,
+        };
+        let account = Account {
+            id: UserId::new(),
+            email: "a@b.c".to_owned(),
+            name: "A".to_owned(),
+            status: UserStatus::Active,
+            password_hash: Some(text()),
+            session_version: 0,
+            email_verified: false,
+            platform_admin: false,
+        };
+        let mut config = ControlConfig::new("/data");
+        config.database_url = Some("postgres://u:hunter2@h/d".to_owned());
+        config.redis_url = Some("redis://:hunter2@h".to_owned());
+        config.smtp = Some(SmtpConfig {
+            url: "smtp://u:hunter2@h".to_owned(),
+            from: "a@b.c".to_owned(),
+        });
+        config.oauth = vec![OAuthProvider::github("id", "hunter2")];
+        let shown = [
+            format!("{sandbox:#?}"),
+            format!("{channel:#?}"),
+            format!("{host:#?}"),
+            format!("{account:#?}"),
+            format!("{config:#?}"),
+            format!(
+                "{:#?}",
+                processes::Spec {
+                    cmd: "env".to_owned(),
+                    envs: marked(),
+                    ..Default::default()
+                }
+            ),
+            format!(
+                "{:#?}",
+                channels::ShownChannel {
+                    channel,
+                    config: BTreeMap::new(),
+                    secret: Some(text()),
+                }
+            ),
+            format!(
+                "{:#?}",
+                idempotency::Begun::Answered(idempotency::KeptAnswer {
+                    status: 201,
+                    content_type: None,
+                    body: Secret::new(text()),
+                })
+            ),
+            format!(
+                "{:#?}",
+                bootstrap::HostToken {
+                    host_id: HostId::new(),
+                    token: text(),
+                }
+            ),
+        ];
+        for text in shown {
+            assert!(!text.contains("hunter2"), "{text}");
         }
     }
 }

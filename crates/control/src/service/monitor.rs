@@ -80,8 +80,9 @@ impl Services {
         }
         // Also hosts that fell silent in an earlier pass that did not get further.
         for host in self.store.hosts_in(HostStatus::Unreachable).await? {
-            for id in self.store.sandboxes_go_missing(host.id, &GO_MISSING).await? {
+            for (id, team) in self.store.sandboxes_go_missing(host.id, &GO_MISSING).await? {
                 self.bus.publish(Event::Sandbox(id));
+                self.audit(AuditEntry::system(Some(team), "sandbox.missing", "sandbox", id));
                 pass.sandboxes_missing += 1;
             }
         }
@@ -102,9 +103,15 @@ impl Services {
             pass.operations_resumed += 1;
             self.drive(sandbox.id);
         }
-        self.store
-            .templates_abandon(now() - millis(self.config.timings.transient_age))
-            .await?;
+        let unfinished = now() - millis(self.config.timings.transient_age);
+        for (template, team) in self.store.templates_abandon(unfinished).await? {
+            self.audit(AuditEntry::system(
+                Some(team),
+                "template.abandon",
+                "template",
+                template,
+            ));
+        }
         self.accounts_pass().await?;
         for (id, team) in self.store.templates_deleting().await? {
             if let Err(error) = self.remove_template_files(id, team, None).await {

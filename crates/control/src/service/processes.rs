@@ -63,7 +63,7 @@ impl Selector {
 }
 
 /// What to start.
-#[derive(Debug, Clone, Default)]
+#[derive(Clone, Default)]
 pub struct Spec {
     /// Program to run; looked up in the user's `PATH`.
     pub cmd: String,
@@ -78,6 +78,8 @@ pub struct Spec {
     /// Name by which to find it later.
     pub tag: Option<String>,
 }
+
+wrenn_proto::discreet_debug!(Spec shows(cmd, args, cwd, user, tag) hides(envs));
 
 impl Spec {
     fn wire(self) -> Result<hostagent::ProcessSpec> {

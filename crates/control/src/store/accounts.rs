@@ -138,7 +138,7 @@ fn key_row(
         id: Set(key.0),
         team_id: Set(team.0),
         name: Set(new.name.to_owned()),
-        key_hash: Set(new.hash.to_owned()),
+        key_hash: Set(new.hash.into()),
         key_prefix: Set(new.prefix.to_owned()),
         created_by: Set(creator.map(|creator| creator.0)),
         created_at: Set(now),

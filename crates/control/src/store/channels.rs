@@ -10,7 +10,7 @@ use sea_orm::{
 };
 use uuid::Uuid;
 
-use super::entity::{channel, channel_delivery as delivery};
+use super::entity::{Hidden, channel, channel_delivery as delivery};
 use super::{Outcome, Store, corrupt};
 use crate::domain::around::{Channel, ChannelEventKind, ChannelProvider};
 use crate::domain::{ChannelId, Millis, TeamId, UserId};
@@ -360,7 +360,7 @@ fn row(channel: &Channel) -> Result<channel::ActiveModel, DbErr> {
         team_id: Set(team.0),
         name: Set(name),
         provider: Set(provider.as_str().to_owned()),
-        config: Set(sealed),
+        config: Set(Hidden(sealed)),
         events: Set(event_words(&events)?),
         created_by: Set(created_by.map(|user| user.0)),
         created_at: Set(created_at),
@@ -391,7 +391,7 @@ fn domain(row: channel::Model) -> Result<Channel, DbErr> {
         team: TeamId(team_id),
         name,
         provider: ChannelProvider::parse(&provider).ok_or_else(|| corrupt("channels", "provider"))?,
-        sealed: config,
+        sealed: config.0,
         events: serde_json::from_str(&events).map_err(|_| corrupt("channels", "events"))?,
         created_by: created_by.map(UserId),
         created_at,

@@ -188,19 +188,30 @@ impl Store {
         Ok(ids.into_iter().map(SandboxId).collect())
     }
 
-    /// Hides a team's templates and frees their names; those in the making only with `building`.
-    pub(crate) async fn team_templates_hide(&self, id: TeamId, building: bool) -> Result<(), DbErr> {
+    /// Hides a team's templates and frees their names; those in the making only with `building`. Returns those that
+    /// were not hidden before.
+    pub(crate) async fn team_templates_hide(
+        &self,
+        id: TeamId,
+        building: bool,
+    ) -> Result<Vec<TemplateId>, DbErr> {
         let mut query = template::Entity::find()
             .filter(template::Column::TeamId.eq(id.0))
             .filter(template::Column::Status.ne(DELETING));
         if !building {
             query = query.filter(template::Column::Status.ne("building"));
         }
+        let mut hidden = Vec::new();
         for row in query.all(&self.db).await? {
-            self.template_mark_deleting(TemplateId(row.id), &row.name, None, None)
-                .await?;
+            let template = TemplateId(row.id);
+            if self
+                .template_mark_deleting(template, &row.name, None, None)
+                .await?
+            {
+                hidden.push(template);
+            }
         }
-        Ok(())
+        Ok(hidden)
     }
 
     /// A team's templates whose files are to be removed.
@@ -296,29 +307,27 @@ impl Store {
         Ok(AccountDeletion::Busy)
     }
 
-    /// Deletes the rows of accounts that were marked before; memberships, identities and permissions go along, and
-    /// what they made remains without a creator. Returns how many.
-    pub(crate) async fn accounts_hard_delete(&self, marked_before: Millis) -> Result<u64, DbErr> {
-        let mut deleted = 0;
-        loop {
-            let ids: Vec<uuid::Uuid> = user::Entity::find()
-                .select_only()
-                .column(user::Column::Id)
-                .filter(user::Column::DeletedAt.lte(marked_before))
-                .limit(PAGE)
-                .into_tuple()
-                .all(&self.db)
-                .await?;
-            if ids.is_empty() {
-                return Ok(deleted);
-            }
-            deleted += user::Entity::delete_many()
-                .filter(user::Column::Id.is_in(ids))
-                .filter(user::Column::DeletedAt.lte(marked_before))
-                .exec(&self.db)
-                .await?
-                .rows_affected;
-        }
+    /// Deletes rows of accounts that were marked before, a page of them; memberships, identities and permissions go
+    /// along, and what they made remains without a creator. Returns whose: where several processes do this at once,
+    /// each names those that it deleted itself. None means that nothing was left for this one.
+    pub(crate) async fn accounts_hard_delete(&self, marked_before: Millis) -> Result<Vec<UserId>, DbErr> {
+        let page = Query::select()
+            .column(user::Column::Id)
+            .from(user::Entity)
+            .and_where(user::Column::DeletedAt.lte(marked_before))
+            .limit(PAGE)
+            .to_owned();
+        let deletion = Query::delete()
+            .from_table(user::Entity)
+            .and_where(user::Column::Id.in_subquery(page))
+            .and_where(user::Column::DeletedAt.lte(marked_before))
+            .returning_col(user::Column::Id)
+            .to_owned();
+        let statement = self.db.get_database_backend().build(&deletion);
+        let rows = self.db.query_all_raw(statement).await?;
+        rows.iter()
+            .map(|row| row.try_get_by_index(0).map(UserId))
+            .collect()
     }
 }
 

@@ -1,9 +1,28 @@
 //! The tables as rows. Columns are documented in `migration`; meaning lives in `domain`.
 
+/// A column with a secret: a hash, a sealed text, an environment. `Debug` does not show it.
+#[derive(Clone, PartialEq, Eq, sea_orm::DeriveValueType)]
+pub struct Hidden(pub(crate) String);
+
+impl std::fmt::Debug for Hidden {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Hidden(…)")
+    }
+}
+
+impl From<&str> for Hidden {
+    fn from(text: &str) -> Self {
+        Self(text.to_owned())
+    }
+}
+
 macro_rules! table {
     ($module:ident, $name:literal, { $($body:tt)* }) => {
         pub(crate) mod $module {
             use sea_orm::entity::prelude::*;
+
+            #[allow(unused_imports, reason = "not every table has secrets")]
+            use super::Hidden;
 
             #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
             #[sea_orm(table_name = $name)]
@@ -22,7 +41,7 @@ table!(user, "users", {
     pub id: Uuid,
     pub email: String,
     pub name: String,
-    pub password_hash: Option<String>,
+    pub password_hash: Option<Hidden>,
     pub is_admin: bool,
     pub status: String,
     pub created_at: i64,
@@ -48,7 +67,7 @@ table!(email_token, "email_tokens", {
     pub id: Uuid,
     pub user_id: Uuid,
     pub purpose: String,
-    pub token_hash: String,
+    pub token_hash: Hidden,
     pub created_at: i64,
     pub expires_at: i64,
     pub used_at: Option<i64>,
@@ -88,7 +107,7 @@ table!(api_key, "team_api_keys", {
     pub id: Uuid,
     pub team_id: Uuid,
     pub name: String,
-    pub key_hash: String,
+    pub key_hash: Hidden,
     pub key_prefix: String,
     pub created_by: Option<Uuid>,
     pub created_at: i64,
@@ -101,10 +120,10 @@ table!(host, "hosts", {
     pub status: String,
     pub arch: String,
     pub address: String,
-    pub rpc_token: String,
-    pub token_hash: Option<String>,
+    pub rpc_token: Hidden,
+    pub token_hash: Option<Hidden>,
     pub token_expires_at: Option<i64>,
-    pub previous_token_hash: Option<String>,
+    pub previous_token_hash: Option<Hidden>,
     pub cpu_cores: i32,
     pub memory_mb: i64,
     pub disk_gb: i64,
@@ -121,7 +140,7 @@ table!(host_token, "host_tokens", {
     #[sea_orm(primary_key, auto_increment = false)]
     pub id: Uuid,
     pub host_id: Uuid,
-    pub token_hash: String,
+    pub token_hash: Hidden,
     pub created_by: Option<Uuid>,
     pub created_at: i64,
     pub expires_at: i64,
@@ -132,7 +151,7 @@ table!(host_refresh_token, "host_refresh_tokens", {
     #[sea_orm(primary_key, auto_increment = false)]
     pub id: Uuid,
     pub host_id: Uuid,
-    pub token_hash: String,
+    pub token_hash: Hidden,
     pub created_at: i64,
     pub expires_at: i64,
     pub revoked_at: Option<i64>,
@@ -192,7 +211,7 @@ table!(sandbox, "sandboxes", {
     pub disk_size_mb: i32,
     pub timeout_sec: i32,
     pub metadata: String,
-    pub envs: String,
+    pub envs: Hidden,
     pub error_code: Option<String>,
     pub error_message: Option<String>,
     pub error_console: Option<String>,
@@ -259,7 +278,7 @@ table!(channel, "channels", {
     pub team_id: Uuid,
     pub name: String,
     pub provider: String,
-    pub config: String,
+    pub config: Hidden,
     pub events: String,
     pub created_by: Option<Uuid>,
     pub created_at: i64,
@@ -289,6 +308,94 @@ table!(idempotency_key, "idempotency_keys", {
     pub claim: Uuid,
     pub claim_ends_at: i64,
     pub status: Option<i32>,
-    pub body: Option<String>,
+    pub body: Option<Hidden>,
     pub expires_at: i64,
 });
+
+#[cfg(test)]
+mod tests {
+    use sea_orm::ActiveValue::Set;
+
+    use super::Hidden;
+
+    #[test]
+    fn columns_with_secrets_are_not_shown() {
+        let marker = || Hidden::from("hunter2");
+        let id = uuid::Uuid::nil();
+        let rows = [
+            format!(
+                "{:?}",
+                super::user::ActiveModel {
+                    password_hash: Set(Some(marker())),
+                    ..Default::default()
+                }
+            ),
+            format!(
+                "{:?}",
+                super::email_token::ActiveModel {
+                    token_hash: Set(marker()),
+                    ..Default::default()
+                }
+            ),
+            format!(
+                "{:?}",
+                super::api_key::ActiveModel {
+                    key_hash: Set(marker()),
+                    ..Default::default()
+                }
+            ),
+            format!(
+                "{:?}",
+                super::host::ActiveModel {
+                    rpc_token: Set(marker()),
+                    token_hash: Set(Some(marker())),
+                    previous_token_hash: Set(Some(marker())),
+                    ..Default::default()
+                }
+            ),
+            format!(
+                "{:?}",
+                super::host_token::ActiveModel {
+                    token_hash: Set(marker()),
+                    ..Default::default()
+                }
+            ),
+            format!(
+                "{:?}",
+                super::host_refresh_token::ActiveModel {
+                    token_hash: Set(marker()),
+                    ..Default::default()
+                }
+            ),
+            format!(
+                "{:?}",
+                super::sandbox::ActiveModel {
+                    envs: Set(marker()),
+                    ..Default::default()
+                }
+            ),
+            format!(
+                "{:?}",
+                super::channel::ActiveModel {
+                    config: Set(marker()),
+                    ..Default::default()
+                }
+            ),
+            format!(
+                "{:?}",
+                super::idempotency_key::Model {
+                    scope: String::new(),
+                    request_hash: String::new(),
+                    claim: id,
+                    claim_ends_at: 0,
+                    status: None,
+                    body: Some(marker()),
+                    expires_at: 0,
+                }
+            ),
+        ];
+        for row in rows {
+            assert!(row.contains("Hidden(…)") && !row.contains("hunter2"), "{row}");
+        }
+    }
+}

@@ -12,14 +12,15 @@ use crate::domain::event::{EventKind, EventPayload, NewEvent};
 use crate::domain::{Host, HostId, HostStatus, Millis, TeamId, TemplateId, UserId, now};
 
 /// What an agent tells about its machine, with the tokens it gets (hashed, but for the one that the
-/// control plane has to present).
+/// control plane has to present, which is sealed).
 pub(crate) struct HostRegistration<'a> {
     pub(crate) arch: &'a str,
     pub(crate) cpu_cores: u32,
     pub(crate) memory_mb: u64,
     pub(crate) disk_gb: u64,
     pub(crate) address: &'a str,
-    pub(crate) rpc_token: &'a str,
+    /// Seals it for the host that the one-time token turns out to stand for.
+    pub(crate) rpc_token: &'a (dyn Fn(HostId) -> crate::Result<String> + Sync),
     pub(crate) token_hash: &'a str,
     pub(crate) token_expires_at: Millis,
     pub(crate) refresh_hash: &'a str,
@@ -53,7 +54,7 @@ impl Store {
             status: Set(HostStatus::Pending.as_str().to_owned()),
             arch: Set(String::new()),
             address: Set(String::new()),
-            rpc_token: Set(String::new()),
+            rpc_token: Set("".into()),
             token_hash: Set(None),
             token_expires_at: Set(None),
             previous_token_hash: Set(None),
@@ -73,7 +74,7 @@ impl Store {
         host_token::ActiveModel {
             id: Set(HostId::new().0),
             host_id: Set(id.0),
-            token_hash: Set(token_hash.to_owned()),
+            token_hash: Set(token_hash.into()),
             created_by: Set(creator.map(|creator| creator.0)),
             created_at: Set(now),
             expires_at: Set(expires_at),
@@ -95,7 +96,7 @@ impl Store {
         host_token::ActiveModel {
             id: Set(HostId::new().0),
             host_id: Set(id.0),
-            token_hash: Set(token_hash.to_owned()),
+            token_hash: Set(token_hash.into()),
             created_by: Set(None),
             created_at: Set(now()),
             expires_at: Set(expires_at),
@@ -146,6 +147,7 @@ impl Store {
             refresh_hash,
             refresh_expires_at,
         } = registration;
+        let rpc_token = rpc_token(HostId(token.host_id)).map_err(|error| DbErr::Custom(error.to_string()))?;
         host::Entity::update_many()
             .col_expr(host::Column::Status, HostStatus::Online.as_str().into())
             .col_expr(host::Column::Arch, arch.into())
@@ -233,6 +235,17 @@ impl Store {
             .await?;
         transaction.commit().await?;
         Ok(Some(HostId(row.host_id)))
+    }
+
+    /// Puts another form of the same RPC token in the place of the one that was read.
+    pub(crate) async fn host_reseal(&self, id: HostId, read: &str, sealed: &str) -> Result<bool, DbErr> {
+        let updated = host::Entity::update_many()
+            .col_expr(host::Column::RpcToken, sealed.into())
+            .filter(host::Column::Id.eq(id.0))
+            .filter(host::Column::RpcToken.eq(read))
+            .exec(&self.db)
+            .await?;
+        Ok(updated.rows_affected == 1)
     }
 
     /// Notes a heartbeat. Returns whether the host was not online before.
@@ -387,7 +400,7 @@ fn refresh_row(
     host_refresh_token::ActiveModel {
         id: Set(HostId::new().0),
         host_id: Set(host.0),
-        token_hash: Set(token_hash.to_owned()),
+        token_hash: Set(token_hash.into()),
         created_at: Set(now),
         expires_at: Set(expires_at),
         revoked_at: Set(None),
@@ -403,7 +416,7 @@ fn domain(row: host::Model) -> Result<Host, DbErr> {
         id: HostId(row.id),
         status,
         address: row.address,
-        rpc_token: row.rpc_token,
+        rpc_token: row.rpc_token.0,
         cpu_cores: unsigned(row.cpu_cores),
         memory_mb: unsigned(row.memory_mb),
         disk_gb: unsigned(row.disk_gb),

@@ -5,6 +5,7 @@ use sea_orm::sea_query::{Expr, OnConflict};
 use sea_orm::{ColumnTrait, Condition, DbErr, EntityTrait, QueryFilter};
 use uuid::Uuid;
 
+use super::entity::Hidden;
 use super::entity::idempotency_key::{ActiveModel, Column, Entity, Model};
 use super::{Outcome, Store};
 use crate::domain::Millis;
@@ -16,7 +17,7 @@ pub(crate) struct SeenRequest {
     claim: Uuid,
     claim_ends_at: Millis,
     /// The stored answer: status and sealed body.
-    pub(crate) answer: Option<(u16, String)>,
+    pub(crate) answer: Option<(u16, Hidden)>,
     expires_at: Millis,
 }
 

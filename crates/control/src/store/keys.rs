@@ -1,16 +1,17 @@
 //! API keys: who they belong to, and when they were last used.
 
 use sea_orm::ActiveValue::Set;
-use sea_orm::sea_query::{CaseStatement, Condition, Expr, ExprTrait, JoinType, Query};
+use sea_orm::sea_query::{CaseStatement, Condition, Expr, ExprTrait, JoinType, Query, SelectStatement};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, DbErr, EntityTrait, FromQueryResult, QueryFilter, TransactionTrait,
 };
 
 use super::Store;
-use super::entity::{api_key, team, user};
+use super::entity::{api_key, membership, team, user};
 use super::teams::{rows, team_held};
+use crate::domain::account::UserStatus;
 use crate::domain::team::ApiKey;
-use crate::domain::{Actor, KeyId, Millis, Principal, TeamId, UserId, now};
+use crate::domain::{Actor, KeyId, Millis, Principal, Role, TeamId, UserId, now};
 
 /// Keys whose last use one statement writes; PostgreSQL and SQLite both take more parameters than this needs.
 const USES_PER_STATEMENT: usize = 500;
@@ -42,8 +43,34 @@ impl From<KeyRow> for ApiKey {
     }
 }
 
+/// The owners of a key's team, in a query on keys; those whose account is in use only, or all.
+fn owners(in_use: bool) -> SelectStatement {
+    let mut query = Query::select();
+    query
+        .expr(Expr::value(1))
+        .from(membership::Entity)
+        .and_where(
+            Expr::col((membership::Entity, membership::Column::TeamId))
+                .equals((api_key::Entity, api_key::Column::TeamId)),
+        )
+        .and_where(Expr::col((membership::Entity, membership::Column::Role)).eq(Role::Owner.as_str()));
+    if in_use {
+        query
+            .inner_join(
+                user::Entity,
+                Expr::col((user::Entity, user::Column::Id))
+                    .equals((membership::Entity, membership::Column::UserId)),
+            )
+            .and_where(Expr::col((user::Entity, user::Column::DeletedAt)).is_null())
+            .and_where(Expr::col((user::Entity, user::Column::Status)).ne(UserStatus::Disabled.as_str()));
+    }
+    query
+}
+
 impl Store {
-    /// Who a key belongs to, by its hash; one query. Keys of deleted teams count as unknown.
+    /// Who a key belongs to, by its hash; one query. Keys of deleted teams count as unknown, and so do those of teams
+    /// all of whose owners are deactivated or deleted: such a team has nobody who answers for it. A team without owners
+    /// is an operator's.
     pub(crate) async fn principal_by_key_hash(&self, key_hash: &str) -> Result<Option<Principal>, DbErr> {
         let live_teams = Query::select()
             .column(team::Column::Id)
@@ -53,6 +80,11 @@ impl Store {
         let row = api_key::Entity::find()
             .filter(api_key::Column::KeyHash.eq(key_hash))
             .filter(api_key::Column::TeamId.in_subquery(live_teams))
+            .filter(
+                Condition::any()
+                    .add(Expr::exists(owners(true)))
+                    .add(Expr::exists(owners(false)).not()),
+            )
             .one(&self.db)
             .await?;
         Ok(row.map(|row| Principal {
@@ -76,7 +108,7 @@ impl Store {
             id: Set(id.0),
             team_id: Set(team.0),
             name: Set(name.to_owned()),
-            key_hash: Set(key_hash.to_owned()),
+            key_hash: Set(key_hash.into()),
             key_prefix: Set(key_prefix.to_owned()),
             created_by: Set(Some(creator.0)),
             created_at: Set(now),

@@ -10,6 +10,7 @@ use sea_orm::{
 };
 use uuid::Uuid;
 
+use super::entity::Hidden;
 use super::entity::sandbox::{ActiveModel, Column, Entity, Model};
 use super::events::record;
 use super::{Outcome, Store, big, corrupt, int, unsigned};
@@ -393,12 +394,12 @@ impl Store {
         Ok(if exists { Outcome::Stale } else { Outcome::Missing })
     }
 
-    /// A host fell silent: whatever lived there is out of reach. Returns the ids.
+    /// A host fell silent: whatever lived there is out of reach. Returns which, and whose.
     pub(crate) async fn sandboxes_go_missing(
         &self,
         host: HostId,
         from: &[SandboxStatus],
-    ) -> Result<Vec<SandboxId>, DbErr> {
+    ) -> Result<Vec<(SandboxId, TeamId)>, DbErr> {
         let mut gone = Vec::new();
         for sandbox in self.sandboxes_on_host(host, from).await? {
             let change = Change::to(SandboxStatus::Missing).previous(Some(sandbox.status));
@@ -407,7 +408,7 @@ impl Store {
                 .await?
                 == Outcome::Updated
             {
-                gone.push(sandbox.id);
+                gone.push((sandbox.id, sandbox.team));
             }
         }
         Ok(gone)
@@ -538,7 +539,7 @@ fn row(sandbox: &Sandbox) -> Result<ActiveModel, DbErr> {
         disk_size_mb: Set(int(disk_size_mb)),
         timeout_sec: Set(int(timeout_sec)),
         metadata: Set(json(&metadata)?),
-        envs: Set(json(&envs)?),
+        envs: Set(Hidden(json(&envs)?)),
         error_code: Set(failure.as_ref().map(|failure| failure.code.clone())),
         error_message: Set(failure.as_ref().map(|failure| failure.message.clone())),
         error_console: Set(failure.as_ref().and_then(|failure| failure.console.clone())),
@@ -604,7 +605,7 @@ fn domain(row: Model) -> Result<Sandbox, DbErr> {
         disk_size_mb: unsigned(disk_size_mb),
         timeout_sec: unsigned(timeout_sec),
         metadata: json(&metadata)?,
-        envs: json(&envs)?,
+        envs: json(&envs.0)?,
         failure: error_code.map(|code| Failure {
             code,
             message: error_message.unwrap_or_default(),

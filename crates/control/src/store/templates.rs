@@ -384,8 +384,12 @@ impl Store {
             .map(drop)
     }
 
-    /// Gives up snapshots in the making that no sandbox is making any more; their files are to go.
-    pub(crate) async fn templates_abandon(&self, older_than: i64) -> Result<u64, DbErr> {
+    /// Gives up snapshots in the making that no sandbox is making any more; their files are to go. Returns
+    /// which, and whose.
+    pub(crate) async fn templates_abandon(
+        &self,
+        older_than: i64,
+    ) -> Result<Vec<(TemplateId, TeamId)>, DbErr> {
         use super::entity::sandbox;
         use sea_orm::sea_query::Query;
         let in_the_making = Query::select()
@@ -400,14 +404,17 @@ impl Store {
             .filter(Column::Id.not_in_subquery(in_the_making))
             .all(&self.db)
             .await?;
-        let mut count = 0;
+        let mut given_up = Vec::new();
         for row in abandoned {
-            count += u64::from(
-                self.template_mark_deleting(TemplateId(row.id), &row.name, None, Some(ABANDONED))
-                    .await?,
-            );
+            let id = TemplateId(row.id);
+            let marked = self
+                .template_mark_deleting(id, &row.name, None, Some(ABANDONED))
+                .await?;
+            if marked {
+                given_up.push((id, TeamId(row.team_id)));
+            }
         }
-        Ok(count)
+        Ok(given_up)
     }
 
     /// A host no longer holds a template.

@@ -210,6 +210,66 @@ body! {
 mod tests {
     use super::*;
 
+    /// Every body in which a secret can travel.
+    #[test]
+    fn no_body_shows_its_secrets() {
+        use std::fmt::Debug;
+
+        use serde::de::DeserializeOwned;
+        use serde_json::{Value, json};
+
+        use crate::rest;
+
+        fn shown<T: Debug + DeserializeOwned>(body: Value) -> String {
+            assert!(body.to_string().contains("hunter2"), "{body}");
+            format!("{:#?}", serde_json::from_value::<T>(body).expect("a body"))
+        }
+        let marked = json!({"HOME": "/root", "PASSWORD": "hunter2"});
+        let time = "2026-01-01T00:00:00Z";
+        let channel = json!({"name": "c", "provider": "slack", "config": marked, "events": []});
+        let texts = [
+            shown::<SignUp>(json!({"email": "a@b.c", "password": "hunter2", "name": "A"})),
+            shown::<SignedUp>(
+                json!({"token": "hunter2", "user_id": "u", "team_id": "t", "email": "a@b.c",
+                "name": "A", "status": "active"}),
+            ),
+            shown::<LogIn>(json!({"email": "a@b.c", "password": "hunter2"})),
+            shown::<LoggedIn>(
+                json!({"token": "hunter2", "user_id": "u", "team_id": null, "email": "a@b.c",
+                "name": "A"}),
+            ),
+            shown::<Activate>(json!({"token": "hunter2"})),
+            shown::<ChangePassword>(json!({"current_password": "hunter2", "new_password": "hunter2",
+                "confirm_password": "hunter2"})),
+            shown::<ConfirmReset>(json!({"token": "hunter2", "new_password": "hunter2"})),
+            shown::<ProviderUrl>(json!({"url": "https://example.com/?state=hunter2"})),
+            shown::<rest::CreateSandbox>(json!({"template": "minimal", "envs": marked})),
+            shown::<rest::Exec>(json!({"cmd": "env", "envs": marked})),
+            shown::<rest::ClientFrame>(json!({"type": "start", "cmd": "env", "envs": marked})),
+            shown::<rest::ClientFrame>(json!({"type": "input", "data": "hunter2"})),
+            shown::<rest::RegisterHost>(json!({"token": "hunter2", "arch": "x86_64", "cpu_cores": 1,
+                "memory_mb": 1, "disk_gb": 1, "address": "http://h:1"})),
+            shown::<rest::RegisteredHost>(json!({"host_id": "h", "token": "hunter2",
+                "refresh_token": "hunter2", "rpc_token": "hunter2"})),
+            shown::<rest::RefreshHostToken>(json!({"refresh_token": "hunter2"})),
+            shown::<rest::HostTokens>(json!({"token": "hunter2", "refresh_token": "hunter2"})),
+            shown::<rest::ApiKey>(
+                json!({"id": "k", "team_id": "t", "name": "n", "key_prefix": "wrn_",
+                "created_at": time, "key": "hunter2"}),
+            ),
+            shown::<rest::CreateChannel>(channel),
+            shown::<rest::ReplaceChannelConfig>(json!({"config": marked})),
+            shown::<rest::TestChannel>(json!({"provider": "slack", "config": marked})),
+            shown::<rest::Channel>(
+                json!({"id": "c", "team_id": "t", "name": "n", "provider": "webhook",
+                "config": {}, "events": [], "secret": "hunter2", "created_at": time, "updated_at": time}),
+            ),
+        ];
+        for text in texts {
+            assert!(!text.contains("hunter2"), "{text}");
+        }
+    }
+
     #[test]
     fn secrets_are_text_on_the_wire_and_nothing_in_logs() {
         let body: LogIn =

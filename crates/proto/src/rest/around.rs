@@ -41,7 +41,7 @@ words! {
         User = "user",
         /// A program with a team's key.
         ApiKey = "api_key",
-        /// The platform: its passes, and its host agents.
+        /// The platform: its passes, its host agents, and operators at the command line.
         System = "system",
         /// Nobody who could be identified: a failed log-in, a wrong key.
         Anonymous = "anonymous",
@@ -110,7 +110,7 @@ body! {
         pub team_id: Option<String>,
         /// Who acted.
         pub actor_type: ActorType,
-        /// `usr-…`, `key-…` or `host-…`; absent for passes of the platform and for nobody.
+        /// `usr-…`, `key-…`, `host-…`, or `cli` for the command line; absent for passes of the platform and for nobody.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub actor_id: Option<String>,
         /// What was done, for example `sandbox.create`.
@@ -143,7 +143,7 @@ body! {
     }
 
     /// Request body of `POST /v1/channels`.
-    pub struct CreateChannel {
+    pub struct CreateChannel shows(name, provider, events) hides(config) {
         /// For people; unique in the team.
         pub name: String,
         /// Where it leads.
@@ -168,7 +168,7 @@ body! {
     }
 
     /// Request body of `PUT /v1/channels/{id}/config`: replaces the whole configuration.
-    pub struct ReplaceChannelConfig {
+    pub struct ReplaceChannelConfig shows() hides(config) {
         /// As in `POST /v1/channels`. A webhook without `secret` gets a new one.
         pub config: BTreeMap<String, String>,
     }
@@ -176,7 +176,7 @@ body! {
     /// Request body of `POST /v1/channels/test`: an existing channel, or one to be.
     #[derive(Default)]
     #[serde(default)]
-    pub struct TestChannel {
+    pub struct TestChannel shows(channel_id, provider) hides(config) {
         /// A channel of the team.
         #[serde(skip_serializing_if = "Option::is_none")]
         pub channel_id: Option<String>,
@@ -198,7 +198,10 @@ body! {
     }
 
     /// A notification channel.
-    pub struct Channel {
+    pub struct Channel
+        shows(id, team_id, name, provider, config, events, created_at, updated_at, delivered_at, failed_at, last_error)
+        hides(secret)
+    {
         /// `chn-{uuid}`.
         pub id: String,
         /// The team that it tells about.

@@ -28,7 +28,9 @@ body! {
     }
 
     /// A team's API key.
-    pub struct ApiKey {
+    pub struct ApiKey
+        shows(id, team_id, name, key_prefix, created_at, last_used, creator_email) hides(key)
+    {
         /// `key-{uuid}`.
         pub id: String,
         /// The team it acts for.

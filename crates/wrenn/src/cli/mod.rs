@@ -58,9 +58,10 @@ pub(crate) struct GlobalArgs {
         env = "WRENN_API_KEY",
         value_name = "KEY",
         hide_env_values = true,
+        value_parser = crate::server::secret,
         help_heading = "Connection"
     )]
-    api_key: Option<String>,
+    api_key: Option<wrenn_control::Secret>,
     /// Print results as JSON, and errors as JSON on standard error
     #[arg(long, global = true, help_heading = "Output")]
     pub(crate) json: bool,
@@ -109,7 +110,7 @@ pub(crate) fn main(global: GlobalArgs, command: UserCommand) -> ExitCode {
 }
 
 async fn dispatch(global: GlobalArgs, command: UserCommand) -> Result<ExitCode, CliError> {
-    let settings = Settings::discover(global.url, global.api_key)?;
+    let settings = Settings::discover(global.url, global.api_key.map(|key| key.reveal().to_owned()))?;
     let client = Client::builder(settings.base_url, settings.api_key)
         .user_agent(concat!("wrenn-cli/", env!("CARGO_PKG_VERSION")))
         .build()?;

@@ -125,7 +125,8 @@ impl AccountArgs {
     }
 }
 
-pub(super) fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
+/// A flag or variable that is not to be seen in logs.
+pub(crate) fn secret(text: &str) -> Result<Secret, std::convert::Infallible> {
     Ok(Secret::new(text))
 }
 

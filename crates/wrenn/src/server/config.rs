@@ -126,9 +126,10 @@ pub(crate) struct ControlArgs {
         env = "DATABASE_URL",
         value_name = "URL",
         hide_env_values = true,
+        value_parser = super::accounts::secret,
         help_heading = "Server"
     )]
-    pub(crate) database_url: Option<String>,
+    pub(crate) database_url: Option<Secret>,
     /// Most connections of this control plane to PostgreSQL
     #[arg(
         long,
@@ -146,9 +147,10 @@ pub(crate) struct ControlArgs {
         env = "REDIS_URL",
         value_name = "URL",
         hide_env_values = true,
+        value_parser = super::accounts::secret,
         help_heading = "Server"
     )]
-    pub(crate) redis_url: Option<String>,
+    pub(crate) redis_url: Option<Secret>,
     /// 64 hex digits that sign sessions and encrypt stored secrets, the same for all control planes; needed with
     /// PostgreSQL [default: made at the first start and kept in the data directory]
     #[arg(
@@ -195,10 +197,10 @@ impl ControlArgs {
             accounts,
         } = self;
         let mut config = ControlConfig::new(data_dir);
-        config.database_url.clone_from(database_url);
+        config.database_url = database_url.as_ref().map(|url| url.reveal().to_owned());
         config.limits.max_connections = *max_connections as usize;
         config.database.connections = *database_connections;
-        config.redis_url.clone_from(redis_url);
+        config.redis_url = redis_url.as_ref().map(|url| url.reveal().to_owned());
         config.secret = secret_key
             .as_ref()
             .map(|key| MasterSecret::parse(key.reveal()))

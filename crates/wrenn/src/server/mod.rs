@@ -10,8 +10,10 @@ mod up;
 
 use std::process::ExitCode;
 
+pub(crate) use accounts::secret;
 use clap::{Args, Subcommand};
 use config::{ControlArgs, DirArgs, ExitChoice, HostArgs};
+use wrenn_control::Secret;
 
 /// The server's commands.
 #[derive(Debug, Subcommand)]
@@ -77,8 +79,8 @@ pub(crate) struct HostAgentArgs {
     #[arg(long, env = "WRENN_CONTROL_PLANE", value_name = "URL")]
     pub(crate) control_plane: String,
     /// One-time registration token; needed once
-    #[arg(long, env = "WRENN_HOST_TOKEN", value_name = "TOKEN", hide_env_values = true)]
-    pub(crate) token: Option<String>,
+    #[arg(long, env = "WRENN_HOST_TOKEN", value_name = "TOKEN", hide_env_values = true, value_parser = accounts::secret)]
+    pub(crate) token: Option<Secret>,
     /// What becomes of running sandboxes at the end
     #[arg(long, env = "WRENN_ON_EXIT", value_name = "WHAT", default_value = "keep")]
     pub(crate) on_exit: ExitChoice,

@@ -21,8 +21,8 @@ pub(super) fn config(args: &UpArgs, json: bool) -> ExitCode {
             "DATABASE_URL",
             args.control
                 .database_url
-                .as_deref()
-                .map_or_else(|| "sqlite in WRENN_DIR".to_owned(), masked),
+                .as_ref()
+                .map_or_else(|| "sqlite in WRENN_DIR".to_owned(), |url| masked(url.reveal())),
         ),
         (
             "WRENN_DATABASE_CONNECTIONS",
@@ -30,10 +30,10 @@ pub(super) fn config(args: &UpArgs, json: bool) -> ExitCode {
         ),
         (
             "REDIS_URL",
-            args.control
-                .redis_url
-                .as_deref()
-                .map_or_else(|| "none: one control plane".to_owned(), masked),
+            args.control.redis_url.as_ref().map_or_else(
+                || "none: one control plane".to_owned(),
+                |url| masked(url.reveal()),
+            ),
         ),
         (
             "WRENN_SECRET_KEY",

@@ -161,7 +161,7 @@ pub(super) async fn host_agent(args: HostAgentArgs) -> anyhow::Result<()> {
         &args.host,
         accelerator,
         args.control_plane,
-        args.token,
+        args.token.map(|token| token.reveal().to_owned()),
     );
     let agent = tokio::select! {
         begun = HostAgent::start(config) => begun.context("cannot start the host agent")?,

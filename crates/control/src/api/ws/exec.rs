@@ -92,7 +92,7 @@ pub(crate) async fn exec_stream(
     let socket = upgrade(socket)?;
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
-        let known = match identify(&services, &caller, &mut stream).await {
+        let known = match identify(&services, &caller, &id, &mut stream).await {
             Ok(known) => known,
             Err(error) => return fail(&mut sink, &error).await,
         };
@@ -164,7 +164,7 @@ pub(crate) async fn process_stream(
     let socket = upgrade(socket)?;
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
-        let known = match identify(&services, &caller, &mut stream).await {
+        let known = match identify(&services, &caller, &id, &mut stream).await {
             Ok(known) => known,
             Err(error) => return fail(&mut sink, &error).await,
         };
@@ -200,7 +200,7 @@ async fn follow(
     let (feed, food) = mpsc::channel(STDIN_QUEUE);
     let ended = tokio::select! {
         ended = write(sink, events, encoding, complaints, known.services.config.timings.pty_ping) => Some(ended),
-        () = listen(stream, handle, stdin.then_some(feed), &complain) => None,
+        () = listen(stream, known, handle, stdin.then_some(feed), &complain) => None,
         never = feed_stdin(food, handle, &complain) => match never {},
         error = revoked(known) => Some(Err(Some(error))),
         () = known.services.tasks.closing().cancelled() => Some(Ok(())),
@@ -219,6 +219,7 @@ type Food = Option<Vec<u8>>;
 /// Does what the client's frames say until it goes.
 async fn listen(
     stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
+    known: &Known,
     handle: &ProcessHandle,
     mut feed: Option<mpsc::Sender<Food>>,
     complain: &mpsc::Sender<Error>,
@@ -226,7 +227,7 @@ async fn listen(
     while let Some(received) = receive(stream).await {
         let food = match received {
             Received::Frame(ClientFrame::Stop {} | ClientFrame::Kill {}) => {
-                if let Err(error) = handle.kill().await {
+                if let Err(error) = known.kill(handle).await {
                     tracing::debug!(error = &error as &dyn std::error::Error, "a stop came too late");
                 }
                 continue;

@@ -11,6 +11,7 @@
 pub(crate) mod exec;
 pub(crate) mod pty;
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use axum::extract::ws::{CloseFrame, Message, Utf8Bytes, WebSocket, WebSocketUpgrade};
@@ -20,8 +21,11 @@ use serde::Deserialize;
 use wrenn_proto::rest::{ClientFrame, ServerFrame};
 
 use super::extract::SocketCaller;
+use crate::domain::around::{AuditEntry, AuditOutcome};
 use crate::domain::{Principal, Realm};
 use crate::service::Services;
+use crate::service::processes::ProcessHandle;
+use crate::tasks::TaskKind;
 use crate::{Error, ErrorCode};
 
 /// Largest frame of a client.
@@ -134,12 +138,41 @@ pub(super) struct Known {
     pub(super) principal: Principal,
     credential: (Option<String>, Option<String>),
     realm: Realm,
+    source: Option<IpAddr>,
+    /// The sandbox, as the path names it.
+    sandbox: String,
+}
+
+impl Known {
+    /// Kills the process. It is a frame and no request, so the audit log hears of it here; in a task of its own, since
+    /// the process's end, and with it the connection's, may come before the answer.
+    pub(super) async fn kill(&self, handle: &ProcessHandle) -> Result<(), Error> {
+        let team = Some(self.principal.team);
+        let mut entry = AuditEntry {
+            actor: self.principal.actor.into(),
+            source: self.source,
+            ..AuditEntry::system(team, "sandbox.kill", "sandbox", &self.sandbox)
+        };
+        let (services, handle) = (self.services.clone(), handle.clone());
+        let (tell, told) = tokio::sync::oneshot::channel();
+        self.services.tasks.spawn(TaskKind::Request, async move {
+            let killed = handle.kill().await;
+            if killed.is_err() {
+                entry.outcome = AuditOutcome::Failure;
+            }
+            services.audit(entry);
+            let _ = tell.send(killed);
+        });
+        told.await
+            .unwrap_or_else(|_| Err(Error::internal("a kill ended without an answer")))
+    }
 }
 
 /// Who the client is: known from the headers, or told now in the first message.
 pub(super) async fn identify(
     services: &Services,
     caller: &SocketCaller,
+    sandbox: &str,
     stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
 ) -> Result<Known, Error> {
     let known = |principal, credential| Known {
@@ -147,6 +180,8 @@ pub(super) async fn identify(
         principal,
         credential,
         realm: caller.realm,
+        source: caller.source,
+        sandbox: sandbox.to_owned(),
     };
     if let Some(principal) = caller.known {
         return Ok(known(principal, caller.credential.clone()));

@@ -93,7 +93,7 @@ pub(crate) async fn pty(
     let encoding = encoding.or_else(|| (!agent.starts_with("python-httpx")).then_some(Encoding::Binary));
     Ok(socket.on_upgrade(move |socket| async move {
         let (mut sink, mut stream) = socket.split();
-        let known = match identify(&services, &caller, &mut stream).await {
+        let known = match identify(&services, &caller, &id, &mut stream).await {
             Ok(known) => known,
             Err(error) => return fail(&mut sink, &error).await,
         };
@@ -182,7 +182,7 @@ async fn session(
     let writing = write(services, sink, events, handle, &dialect, known, complaints);
     let ended = tokio::select! {
         ended = writing => Some(ended),
-        () = listen(stream, handle, &dialect, &keys, &complain) => None,
+        () = listen(stream, client, handle, &dialect, &keys, &complain) => None,
         never = type_keys(typed, handle, &complain) => match never {},
         error = revoked(client) => Some(Err(Some(error))),
         () = services.tasks.closing().cancelled() => Some(Ok(())),
@@ -196,6 +196,7 @@ async fn session(
 /// Does what the client's frames say until it goes.
 async fn listen(
     stream: &mut (impl StreamExt<Item = Result<Message, axum::Error>> + Unpin),
+    client: &Known,
     handle: &ProcessHandle,
     dialect: &watch::Sender<Option<Encoding>>,
     keys: &mpsc::Sender<Vec<u8>>,
@@ -235,7 +236,7 @@ async fn listen(
                 Ok(())
             }
             Received::Frame(ClientFrame::Resize { cols, rows }) => handle.resize(cols, rows).await,
-            Received::Frame(ClientFrame::Kill {} | ClientFrame::Stop {}) => handle.kill().await,
+            Received::Frame(ClientFrame::Kill {} | ClientFrame::Stop {}) => client.kill(handle).await,
             // A terminal's end of input is a key: ^D.
             Received::Frame(ClientFrame::Eof {}) => queue(vec![4]).await,
             Received::Frame(ClientFrame::Start { .. } | ClientFrame::Connect { .. }) => {

@@ -1,8 +1,9 @@
-//! What an operator does at the command line, on the database itself.
+//! What an operator does at the command line, on the database itself. The audit log has it as the command line's.
 
 use wrenn_proto::rest::Secret;
 
 use super::{Person, UserStatus, acceptable, known_form, new_email, person_name};
+use crate::domain::around::AuditEntry;
 use crate::domain::{TeamId, UserId};
 use crate::service::Services;
 use crate::store::Outcome;
@@ -15,7 +16,10 @@ impl Services {
             return Ok(None);
         };
         match self.store.grant_platform_admin(account.id).await? {
-            Outcome::Updated => Ok(Some(account.id)),
+            Outcome::Updated => {
+                self.audit(AuditEntry::cli("admin.user_promote", "user", account.id));
+                Ok(Some(account.id))
+            }
             Outcome::Stale | Outcome::Missing => Ok(None),
         }
     }
@@ -41,6 +45,7 @@ impl Services {
             platform_admin: true,
         };
         let (user, _) = self.create_account(person, None).await?;
+        self.audit(AuditEntry::cli("admin.user_create", "user", user));
         Ok(user)
     }
 
@@ -98,6 +103,7 @@ impl Services {
             Outcome::Updated => {}
             Outcome::Stale | Outcome::Missing => return Err(missing()),
         }
+        self.audit(AuditEntry::cli("admin.user_password", "user", account.id));
         self.forgive_account(None, &account.email).await?;
         Ok(account.id)
     }

@@ -21,6 +21,7 @@ use crate::auth;
 use crate::auth::password::{Passwords, Verdict, acceptable};
 use crate::config::ControlConfig;
 use crate::domain::account::{Account, MailPurpose, UserStatus};
+use crate::domain::around::AuditEntry;
 use crate::domain::{Role, Session, TeamId, UserId, now};
 use crate::mail::{Mail, Mailer};
 use crate::store::{NewAccount, NewIdentity, Outcome, SignUpOutcome};
@@ -114,12 +115,21 @@ impl Services {
         })
     }
 
-    /// Begins a session by password.
-    pub(crate) async fn log_in(&self, from: Option<IpAddr>, body: LogIn) -> Result<LoggedIn> {
+    /// Begins a session by password. `tried` hears whose account it is about, also when it comes to nothing: that is
+    /// for the audit log, and nothing that the caller may learn.
+    pub(crate) async fn log_in(
+        &self,
+        from: Option<IpAddr>,
+        body: LogIn,
+        tried: impl FnOnce(UserId) + Send,
+    ) -> Result<LoggedIn> {
         let LogIn { email, password } = body;
         let email = known_form(&email);
         self.admit_login(from, &email).await?;
         let account = self.store.account_by_email(&email).await?;
+        if let Some(account) = &account {
+            tried(account.id);
+        }
         let stored = account
             .as_ref()
             .and_then(|account| account.password_hash.as_deref());
@@ -292,8 +302,8 @@ impl Services {
         Ok(())
     }
 
-    /// Sets a password by the token of a mail, and ends all sessions.
-    pub(crate) async fn confirm_reset(&self, from: Option<IpAddr>, body: ConfirmReset) -> Result<()> {
+    /// Sets a password by the token of a mail, and ends all sessions. Returns whose password it is.
+    pub(crate) async fn confirm_reset(&self, from: Option<IpAddr>, body: ConfirmReset) -> Result<UserId> {
         let ConfirmReset { token, new_password } = body;
         acceptable("new_password", &new_password)?;
         self.admit_reset(from).await?;
@@ -312,7 +322,7 @@ impl Services {
         if let Some(account) = self.store.account(user).await? {
             self.forgive_account(from, &account.email).await?;
         }
-        Ok(())
+        Ok(user)
     }
 
     /// Removes what has run out: tokens of mails, and counters of attempts.
@@ -411,15 +421,17 @@ impl Services {
 
     async fn write_link(&self, user: UserId, to: String, purpose: MailPurpose) -> Result<()> {
         let token = auth::random_secret("", 32)?;
-        let (life, page, subject, text) = match purpose {
+        let (life, action, page, subject, text) = match purpose {
             MailPurpose::Activate => (
                 ACTIVATION_LIFE,
+                "account.activation_mail",
                 "activate",
                 "Activate your Wrenn account",
                 "Welcome. This link, good for a day, activates your account:",
             ),
             MailPurpose::Reset => (
                 RESET_LIFE,
+                "account.reset_mail",
                 "reset-password",
                 "Set a new Wrenn password",
                 "This link, good for an hour, lets you set a new password:",
@@ -428,6 +440,8 @@ impl Services {
         self.store
             .email_token_add(user, purpose, &auth::hash(&token), now() + life)
             .await?;
+        // Who asked for it is an entry of its own, which cannot say whether there is such an account.
+        self.audit(AuditEntry::system(None, action, "user", user));
         // Browsers send nothing of a fragment, so the token is in no server's or proxy's log.
         let link = format!("{}/{page}#token={token}", self.public_url());
         self.accounts.mailer.send(Mail {

@@ -36,7 +36,7 @@ use wrenn_proto::rest::{LoggedIn, Secret};
 use super::{MAX_NAME, Person, closed, ended, new_email, person_name};
 use crate::auth;
 use crate::domain::account::{Account, UserStatus};
-use crate::domain::{Millis, Session, UserId, now};
+use crate::domain::{Millis, Session, TeamId, UserId, now};
 use crate::service::Services;
 use crate::store::{NewIdentity, Outcome};
 use crate::{Error, ErrorCode, Result};
@@ -88,8 +88,15 @@ pub(crate) struct Departure {
 
 /// What a callback came to.
 pub(crate) enum Arrival {
-    LoggedIn(LoggedIn),
-    Connected(String),
+    LoggedIn {
+        user: UserId,
+        team: Option<TeamId>,
+        session: LoggedIn,
+    },
+    Connected {
+        user: UserId,
+        provider: String,
+    },
 }
 
 /// What is sealed into a state.
@@ -159,7 +166,12 @@ impl Services {
         match opened.intent {
             Intent::LogIn => {
                 let account = self.account_of(from, provider.name(), &identity).await?;
-                Ok(Arrival::LoggedIn(self.begin_session(&account).await?))
+                let session = self.begin_session(&account).await?;
+                Ok(Arrival::LoggedIn {
+                    user: account.id,
+                    team: session.team_id.as_deref().and_then(|team| team.parse().ok()),
+                    session,
+                })
             }
             Intent::Connect { user, version } => {
                 let account = self.store.account(user).await?;
@@ -169,7 +181,10 @@ impl Services {
                     })
                     .ok_or_else(ended)?;
                 self.connect(&account, provider.name(), &identity).await?;
-                Ok(Arrival::Connected(provider.name().to_owned()))
+                Ok(Arrival::Connected {
+                    user,
+                    provider: provider.name().to_owned(),
+                })
             }
         }
     }
