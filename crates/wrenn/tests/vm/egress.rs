@@ -1,9 +1,11 @@
-//! What a guest cannot reach: the host and what belongs to it.
+//! What a guest reaches: other machines; and what it cannot: the host and what belongs to it.
 
 use std::net::{Ipv4Addr, SocketAddr, TcpListener, UdpSocket};
+use std::process::{Child, Command, Stdio};
+use std::time::Duration;
 
 use wrenn_client::SandboxHandle;
-use wrenn_testkit::platform::{Platform, output};
+use wrenn_testkit::platform::{Platform, eventually, output};
 
 use crate::WRENN;
 
@@ -64,6 +66,92 @@ async fn guests_cannot_reach_the_host() {
         matches!(&taken, Err(error) if error.kind() == std::io::ErrorKind::WouldBlock),
         "{taken:?}"
     );
+    sandbox.destroy_and_wait().await.expect("destroy");
+    platform.finish().await;
+}
+
+/// Another machine, as far as a network can tell: a network namespace with a web server.
+struct Elsewhere {
+    name: String,
+    server: Child,
+}
+
+impl Elsewhere {
+    const ADDRESS: &str = "10.213.97.2";
+
+    fn start(files: &std::path::Path) -> Self {
+        let name = format!("wrenn-test-{}", std::process::id());
+        let link = format!("wt{}", std::process::id());
+        let ip = |args: &str| {
+            let done = Command::new("ip").args(args.split(' ')).output().expect("ip");
+            assert!(done.status.success(), "ip {args}: {done:?}");
+        };
+        ip(&format!("netns add {name}"));
+        ip(&format!("link add {link} type veth peer name eth0 netns {name}"));
+        ip(&format!("address add 10.213.97.1/30 dev {link}"));
+        ip(&format!("link set {link} up"));
+        ip(&format!("-n {name} address add {}/30 dev eth0", Self::ADDRESS));
+        ip(&format!("-n {name} link set eth0 up"));
+        let server = Command::new("ip")
+            .args([
+                "netns",
+                "exec",
+                &name,
+                "python3",
+                "-m",
+                "http.server",
+                "8080",
+                "--directory",
+            ])
+            .arg(files)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("a server");
+        Self { name, server }
+    }
+}
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+        // Its end of the link goes with it, and so does ours.
+        let _ = Command::new("ip").args(["netns", "delete", &self.name]).status();
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn guests_reach_other_machines() {
+    if !rustix::process::geteuid().is_root() {
+        eprintln!("not root: a network of its own cannot be made, so there is nothing here to reach");
+        return;
+    }
+    let platform = Platform::start_with(WRENN, &[("WRENN_EGRESS_ALLOW_PRIVATE", "true")]).await;
+    let sandbox = platform.sandbox().await;
+    let files = platform.scratch_dir().join("elsewhere");
+    std::fs::create_dir(&files).expect("a folder");
+    let content: Vec<u8> = (0..3_000_000u32).map(|n| (n * 7 % 251) as u8).collect();
+    std::fs::write(files.join("page"), &content).expect("a page");
+    let elsewhere = Elsewhere::start(&files);
+    let url = format!("http://{}:8080/page", Elsewhere::ADDRESS);
+    let fetched = eventually("the guest fetches a page", Duration::from_secs(30), async || {
+        let said = output(&sandbox, &format!("curl -sS {url} | sha256sum || true")).await;
+        let sum = said.split_whitespace().next()?.to_owned();
+        let whole = output(&sandbox, &format!("curl -s {url} | wc -c || true")).await;
+        (whole.trim() == content.len().to_string()).then_some(sum)
+    })
+    .await;
+    std::fs::write(platform.scratch_dir().join("page"), &content).expect("a copy");
+    let expected = Command::new("sha256sum")
+        .arg(platform.scratch_dir().join("page"))
+        .output()
+        .expect("sha256sum");
+    assert!(String::from_utf8_lossy(&expected.stdout).starts_with(&fetched));
+    let namespace = format!("/run/netns/{}", elsewhere.name);
+    drop(elsewhere);
+    assert!(!std::path::Path::new(&namespace).exists());
     sandbox.destroy_and_wait().await.expect("destroy");
     platform.finish().await;
 }

@@ -229,3 +229,33 @@ async fn an_early_end_leaves_nothing() {
     Platform::interrupted_at(WRENN, "booting the virtual machine once").await;
     Platform::interrupted_at(WRENN, "Template 'minimal' is ready").await;
 }
+
+/// The first key is in the database as a hash only: a start that fails after it was made must have kept it.
+#[test]
+fn a_first_start_that_fails_keeps_its_key() {
+    use std::os::unix::fs::PermissionsExt as _;
+    let scratch = wrenn_testkit::platform::scratch();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").expect("a listener");
+    let address = taken.local_addr().expect("its address").to_string();
+    let start = || {
+        let started = std::process::Command::new(WRENN)
+            .args(["up", "--listen", "127.0.0.1:0", "--agent-listen", &address])
+            .env("WRENN_DIR", scratch.path().join("data"))
+            .env("WRENN_CACHE_DIR", wrenn_testkit::platform::cache_dir())
+            .env_remove("DATABASE_URL")
+            .current_dir(scratch.path())
+            .output()
+            .expect("the program starts");
+        let said = String::from_utf8_lossy(&started.stderr).into_owned();
+        assert!(!started.status.success() && said.contains(&address), "{said}");
+        let file = scratch.path().join("data/local.env");
+        let mode = std::fs::metadata(&file).expect("local.env").permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let text = std::fs::read_to_string(&file).expect("local.env");
+        let key = text.lines().find_map(|line| line.strip_prefix("WRENN_API_KEY="));
+        key.expect("a key").to_owned()
+    };
+    let key = start();
+    assert!(key.starts_with("wrn_"), "{key}");
+    assert_eq!(start(), key, "a second start has the same");
+}
