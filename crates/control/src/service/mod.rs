@@ -14,7 +14,8 @@ pub(crate) mod deliver;
 mod drive;
 pub(crate) mod events;
 pub(crate) mod files;
-pub(crate) mod hosts;
+pub(crate) mod host_management;
+mod hosts;
 pub(crate) mod idempotency;
 pub(crate) mod keys;
 mod leader;
@@ -159,12 +160,15 @@ impl Services {
 
     /// The client of a host.
     pub(crate) async fn client(&self, host: HostId) -> Result<Client> {
-        let host = self
-            .store
+        self.pool.client(&self.host_of(host).await?)
+    }
+
+    /// A sandbox's host.
+    async fn host_of(&self, host: HostId) -> Result<crate::domain::Host> {
+        self.store
             .host(host)
             .await?
-            .ok_or_else(|| Error::new(ErrorCode::HostUnavailable, "the sandbox's host is gone"))?;
-        self.pool.client(&host)
+            .ok_or_else(|| Error::new(ErrorCode::HostUnavailable, "the sandbox's host is gone"))
     }
 
     /// Takes up what an earlier process left unfinished.

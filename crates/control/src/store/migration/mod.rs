@@ -15,6 +15,7 @@ mod m0006_metrics;
 mod m0007_verified_addresses;
 mod m0008_usage_by_day;
 mod m0009_snapshot_index;
+mod m0011_host_management;
 mod of_extension;
 
 use sea_orm_migration::prelude::*;
@@ -36,6 +37,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0007_verified_addresses::VerifiedAddresses),
             Box::new(m0008_usage_by_day::UsageByDay),
             Box::new(m0009_snapshot_index::SnapshotIndex),
+            Box::new(m0011_host_management::HostManagement),
         ]
     }
 }
