@@ -220,7 +220,7 @@ impl Error {
     /// The error of an answer that is not a success: by its code, else (a proxy in between answers
     /// in its own words) by its HTTP status.
     pub(crate) fn from_answer(url: &str, status: u16, body: &[u8]) -> Self {
-        if let Ok(ErrorBody { error }) = serde_json::from_slice(body) {
+        if let Ok(ErrorBody { error, .. }) = serde_json::from_slice(body) {
             return Self::refused(Refusal {
                 status,
                 code: error.code,

@@ -27,6 +27,8 @@ pub enum ErrorCode {
     InvalidState,
     /// Something else is in the way.
     Conflict,
+    /// A host cannot go while there are sandboxes on it.
+    HostHasSandboxes,
     /// The body is larger than allowed.
     PayloadTooLarge,
     /// Tried too often, or too much at once.
@@ -49,7 +51,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All codes; the documentation's test walks them.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 17] = [
         Self::InvalidRequest,
         Self::Unauthorized,
         Self::Forbidden,
@@ -57,6 +59,7 @@ impl ErrorCode {
         Self::MethodNotAllowed,
         Self::InvalidState,
         Self::Conflict,
+        Self::HostHasSandboxes,
         Self::PayloadTooLarge,
         Self::RateLimited,
         Self::NoCapacity,
@@ -79,6 +82,7 @@ impl ErrorCode {
             Self::MethodNotAllowed => "method_not_allowed",
             Self::InvalidState => "invalid_state",
             Self::Conflict => "conflict",
+            Self::HostHasSandboxes => "host_has_sandboxes",
             Self::PayloadTooLarge => "payload_too_large",
             Self::RateLimited => "rate_limited",
             Self::NoCapacity => "no_capacity",
@@ -111,6 +115,8 @@ pub struct Error {
     pub cause: Option<Box<dyn StdError + Send + Sync>>,
     /// When it is worth trying again.
     pub retry_after: Option<std::time::Duration>,
+    /// The sandboxes that are in the way.
+    pub sandboxes: Vec<crate::domain::SandboxId>,
 }
 
 /// A service's result.
@@ -124,6 +130,7 @@ impl Error {
             message: message.into(),
             cause: None,
             retry_after: None,
+            sandboxes: Vec::new(),
         }
     }
 
@@ -145,6 +152,7 @@ impl Error {
             message: "internal error; the server's log has the cause".to_owned(),
             cause: Some(cause.into()),
             retry_after: None,
+            sandboxes: Vec::new(),
         }
     }
 
@@ -195,6 +203,7 @@ impl From<sea_orm::DbErr> for Error {
             message: "the database does not answer at the moment; try again in a few seconds".to_owned(),
             cause: Some(cause.into()),
             retry_after: Some(std::time::Duration::from_secs(5)),
+            sandboxes: Vec::new(),
         }
     }
 }

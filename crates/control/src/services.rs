@@ -19,11 +19,14 @@ pub use crate::domain::around::{AuditActor, AuditEntry, Channel, ChannelEvent};
 pub use crate::domain::lifecycle::Request;
 pub use crate::domain::metrics::MetricPoint;
 pub use crate::domain::team::{ApiKey, Member, Team};
-pub use crate::domain::{Actor, Host, HostStatus, Principal, Role, Sandbox, Session, Template};
+pub use crate::domain::{
+    Actor, Host, HostDeletion, HostOwner, HostStatus, Principal, Role, Sandbox, Session, Template,
+};
 pub use crate::service::Services;
 pub use crate::service::audit::ListAudit;
 pub use crate::service::channels::ShownChannel;
 pub use crate::service::files::{FileStream, FileTarget};
+pub use crate::service::host_management::NewHostToken;
 pub use crate::service::processes::{
     ExecOutcome, Input, ProcessEvent, ProcessHandle, ProcessStream, Selector, Spec,
 };

@@ -732,7 +732,11 @@ async fn one_snapshot_is_left(world: &World) {
 /// Snapshots over a name whose holder changes while they are made.
 #[tokio::test]
 async fn snapshots_over_one_name_at_once_all_end() {
-    let world = World::new().await;
+    // With no patience at all the monitor could give up a snapshot that its sandbox is just about to begin.
+    let world = World::new()
+        .await
+        .restart_with(|config| config.timings.transient_age = Duration::from_secs(30))
+        .await;
     let (one, other) = (world.sandbox().await, world.sandbox().await);
     let (status, body) = world
         .post("/v1/snapshots", json!({"sandbox_id": one, "name": "mine"}))
@@ -949,12 +953,52 @@ async fn hosts_register_once_and_rotate_their_tokens() {
     };
     let (status, fresh) = answer(refresh(&tokens["refresh_token"])).await;
     assert_eq!(status, 200, "{fresh}");
-    assert_eq!(answer(refresh(&tokens["refresh_token"])).await.0, 401, "used up");
-    assert_eq!(answer(beat(&fresh["token"], &host)).await.0, 204);
-    // The token before the newest still counts, the one before that no longer.
+    // The answer may have been lost: until the new pair is used, the old one counts, and brings another.
     assert_eq!(answer(beat(&tokens["token"], &host)).await.0, 204);
-    assert_eq!(answer(refresh(&fresh["refresh_token"])).await.0, 200);
+    let (status, again) = answer(refresh(&tokens["refresh_token"])).await;
+    assert_eq!(status, 200, "{again}");
+    assert_eq!(
+        answer(refresh(&fresh["refresh_token"])).await.0,
+        401,
+        "the pair that was lost is nobody's"
+    );
+    assert_eq!(answer(beat(&fresh["token"], &host)).await.0, 401);
+    assert_eq!(answer(beat(&tokens["token"], &host)).await.0, 204);
+    assert_eq!(answer(beat(&again["token"], &host)).await.0, 204);
+    // Now it is used, and what was before it ends.
     assert_eq!(answer(beat(&tokens["token"], &host)).await.0, 401);
+    assert_eq!(answer(refresh(&tokens["refresh_token"])).await.0, 401);
+    // A refresh token proves the arrival of its pair as well.
+    let (_, third) = answer(refresh(&again["refresh_token"])).await;
+    let (status, fourth) = answer(refresh(&third["refresh_token"])).await;
+    assert_eq!(status, 200, "{fourth}");
+    assert_eq!(answer(refresh(&again["refresh_token"])).await.0, 401);
+    assert_eq!(answer(beat(&again["token"], &host)).await.0, 401);
+    // Nothing is for ever: when the grace is over, the old one is, too.
+    world
+        .database()
+        .await
+        .execute_unprepared(
+            "UPDATE host_refresh_tokens SET superseded_at = 1 WHERE superseded_at IS NOT NULL",
+        )
+        .await
+        .expect("changed");
+    assert_eq!(answer(refresh(&third["refresh_token"])).await.0, 401);
+    // Whoever registers as this host takes it over from all who did before.
+    let token = world
+        .running
+        .control
+        .issue_host_token(Some(host.parse().expect("an id")))
+        .await
+        .expect("a token")
+        .token;
+    let (status, anew) = answer(register(&token, "http://127.0.0.1:9")).await;
+    assert_eq!((status, anew["host_id"].as_str()), (201, Some(host.as_str())));
+    assert_eq!(answer(refresh(&fourth["refresh_token"])).await.0, 401);
+    for old in [&third, &fourth] {
+        assert_eq!(answer(beat(&old["token"], &host)).await.0, 401);
+    }
+    assert_eq!(answer(beat(&anew["token"], &host)).await.0, 204);
 }
 
 #[tokio::test]

@@ -803,6 +803,57 @@ fn webhook(name: &str, url: &str) -> Value {
     })
 }
 
+/// A newer version's words, or a secret that was replaced.
+#[tokio::test]
+async fn a_channel_that_cannot_be_read_takes_no_other_with_it() {
+    let world = Fixture::new().await;
+    let mut ids = Vec::new();
+    for name in ["damaged", "fine", "sealed"] {
+        let (status, made) = world
+            .owned(
+                "POST",
+                "/v1/channels",
+                Some(webhook(name, "http://hooks.example.com/")),
+            )
+            .await;
+        assert_eq!(status, 201, "{made}");
+        ids.push(made["id"].as_str().expect("an id").to_owned());
+    }
+    world
+        .sql(
+            "UPDATE channels SET provider = 'pigeon' WHERE name = 'damaged'",
+            Vec::new(),
+        )
+        .await;
+    world
+        .sql(
+            "UPDATE channels SET config = 'x' WHERE name = 'sealed'",
+            Vec::new(),
+        )
+        .await;
+    let (status, list) = world.owned("GET", "/v1/channels", None).await;
+    assert_eq!(status, 200, "{list}");
+    let list = list.as_array().expect("a list");
+    let names: Vec<_> = list.iter().map(|channel| channel["name"].as_str()).collect();
+    assert_eq!(names, [Some("fine"), Some("sealed")]);
+    // The events of the others go on, and what cannot be opened can be given anew.
+    let event = world.event(ChannelEventKind::CapsuleRunning);
+    world.running.control.notify(&event).await.expect("told");
+    assert_eq!(world.rows("channel_deliveries").await, 2);
+    let path = format!("/v1/channels/{}", ids[2]);
+    assert_eq!(world.owned("GET", &path, None).await.1["config"], json!({}));
+    let config = json!({"config": {"url": "http://hooks.example.com/new"}});
+    let (status, shown) = world.owned("PUT", &format!("{path}/config"), Some(config)).await;
+    assert_eq!(
+        (status, shown["config"]["url"].is_string()),
+        (200, true),
+        "{shown}"
+    );
+    let damaged = format!("/v1/channels/{}", ids[0]);
+    assert_eq!(world.owned("DELETE", &damaged, None).await.0, 204);
+    world.end().await;
+}
+
 #[tokio::test]
 async fn a_channel_is_made_shown_changed_and_deleted_without_its_secrets() {
     let world = Fixture::new().await;

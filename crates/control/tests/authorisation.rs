@@ -33,6 +33,8 @@ enum Rule {
     OwnThing(Role),
     /// A session, and this role in the team of the path.
     Path(Role),
+    /// The same, or a platform admin.
+    HostThing(Role),
     /// A session of a platform admin.
     Platform,
     /// The same for a WebSocket.
@@ -41,7 +43,9 @@ enum Rule {
     Host,
 }
 use Role::{Admin, Member, Owner};
-use Rule::{Host, Open, Own, OwnThing, Path, Platform, PlatformSocket, Session, Socket, Team, TeamThing};
+use Rule::{
+    Host, HostThing, Open, Own, OwnThing, Path, Platform, PlatformSocket, Session, Socket, Team, TeamThing,
+};
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
 enum Role {
@@ -106,10 +110,18 @@ const TABLE: &[(&str, &str, Rule)] = &[
     ("patch", "/v1/channels/{id}", OwnThing(Admin)),
     ("put", "/v1/channels/{id}/config", OwnThing(Admin)),
     ("get", "/v1/events/stream", Team),
+    ("get", "/v1/hosts", Own(Member)),
+    ("post", "/v1/hosts", HostThing(Admin)),
     ("post", "/v1/hosts/auth/refresh", Open),
     ("post", "/v1/hosts/register", Open),
     ("post", "/v1/hosts/sandbox-events", Host),
+    ("get", "/v1/hosts/{id}", HostThing(Member)),
+    ("get", "/v1/hosts/{id}/delete-preview", HostThing(Member)),
     ("post", "/v1/hosts/{id}/heartbeat", Host),
+    ("get", "/v1/hosts/{id}/tags", HostThing(Member)),
+    ("post", "/v1/hosts/{id}/tags", HostThing(Admin)),
+    ("delete", "/v1/hosts/{id}/tags/{tag}", HostThing(Admin)),
+    ("post", "/v1/hosts/{id}/token", HostThing(Admin)),
     ("get", "/v1/me", Session),
     ("patch", "/v1/me", Session),
     ("post", "/v1/me/password", Session),
@@ -155,6 +167,7 @@ const TABLE: &[(&str, &str, Rule)] = &[
     ("delete", "/v1/sandboxes/{id}", TeamThing),
     ("delete", "/v1/snapshots/{name}", TeamThing),
     ("delete", "/v1/api-keys/{id}", OwnThing(Admin)),
+    ("delete", "/v1/hosts/{id}", HostThing(Admin)),
     ("delete", "/v1/channels/{id}", OwnThing(Admin)),
     ("delete", "/v1/teams/{id}/members/{uid}", Path(Admin)),
     ("post", "/v1/teams/{id}/leave", Path(Member)),
@@ -245,14 +258,15 @@ fn expected(rule: Rule, caller: Caller) -> Expected {
         TeamThing | Socket if outsider => NotFound,
         Socket => NoSocket,
         TeamThing => LetIn,
-        Session | Own(_) | OwnThing(_) | Path(_) if key => Unauthorized,
+        Session | Own(_) | OwnThing(_) | Path(_) | HostThing(_) if key => Unauthorized,
+        HostThing(_) if caller == Caller::PlatformAdmin => LetIn,
         Session => LetIn,
         // Outsiders ask about their own team, in which they are owners.
         Own(least) if outsider || role >= least => LetIn,
         Own(_) => Forbidden,
-        OwnThing(_) | Path(_) if outsider || teamless => NotFound,
-        OwnThing(least) | Path(least) if role >= least => LetIn,
-        OwnThing(_) | Path(_) => Forbidden,
+        OwnThing(_) | Path(_) | HostThing(_) if outsider || teamless => NotFound,
+        OwnThing(least) | Path(least) | HostThing(least) if role >= least => LetIn,
+        OwnThing(_) | Path(_) | HostThing(_) => Forbidden,
     }
 }
 
@@ -279,6 +293,8 @@ struct Fixture {
     snapshot: String,
     key_id: String,
     channel: String,
+    /// A host of the team's own.
+    host: String,
     spare_user: String,
 }
 
@@ -351,6 +367,16 @@ impl Fixture {
         assert_eq!(status, 201, "{body}");
         let channel = body["id"].as_str().expect("an id").to_owned();
         let platform = world.session(world.bootstrap.user_id, None).await;
+        let path = format!("/v1/admin/teams/{}/byoc", owner.team);
+        let (status, body) = world
+            .call_as(&platform, "PUT", &path, Some(json!({ "byoc": true })))
+            .await;
+        assert_eq!(status, 204, "{body}");
+        let (status, body) = world
+            .call_as(&owner.token, "POST", "/v1/hosts", Some(json!({ "type": "byoc" })))
+            .await;
+        assert_eq!(status, 201, "{body}");
+        let host = body["host"]["id"].as_str().expect("an id").to_owned();
         let gone = world.person("gone").await;
         let path = format!("/v1/admin/users/{}/active", gone.id);
         let (status, body) = world
@@ -382,6 +408,7 @@ impl Fixture {
             snapshot: "mine".to_owned(),
             key_id,
             channel,
+            host,
             spare_user,
             world,
         }
@@ -396,6 +423,7 @@ impl Fixture {
             _ if route.contains("/channels/") => &self.channel,
             _ if route.contains("/users/") => &self.spare_user,
             _ if route.contains("/heartbeat") => &self.world.host.tokens().host_id,
+            _ if route.contains("/hosts/") => &self.host,
             _ => "host-00000000-0000-0000-0000-000000000000",
         };
         route
@@ -403,6 +431,7 @@ impl Fixture {
             .replace("{uid}", &self.spare_user)
             .replace("{name}", &self.snapshot)
             .replace("{selector}", "1")
+            .replace("{tag}", "gpu")
             .replace("{provider}", "github")
     }
 
@@ -418,6 +447,8 @@ impl Fixture {
             ("/v1/channels/test", _) => json!({ "id": self.channel }),
             ("/v1/teams" | "/v1/teams/{id}" | "/v1/api-keys", _) => json!({ "name": "other" }),
             (_, "members") => json!({ "email": "other@example.com" }),
+            ("/v1/hosts", _) => json!({ "type": "byoc", "team_id": self.team }),
+            (_, "tags") => json!({ "tag": "gpu" }),
             (_, "{uid}") => json!({ "role": "admin" }),
             (_, "exec") => json!({ "cmd": "true" }),
             (_, "byoc") => json!({ "byoc": true }),

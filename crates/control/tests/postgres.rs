@@ -18,6 +18,8 @@ mod authorisation;
 mod deletion;
 #[path = "events.rs"]
 mod events;
+#[path = "hosts.rs"]
+mod hosts;
 #[path = "input.rs"]
 mod input;
 #[path = "lifecycle.rs"]

@@ -5,6 +5,7 @@ mod common;
 use common::{DEADLINE, Person, World, answer, code, message};
 use sea_orm::ConnectionTrait as _;
 use serde_json::{Value, json};
+use wrenn_control::config::Allowance;
 
 async fn add(world: &World, by: &Person, whom: &Person, role: &str) {
     let path = format!("/v1/teams/{}/members", by.team);
@@ -457,6 +458,33 @@ async fn people_are_found_by_the_beginning_of_their_address() {
         world.person(&format!("many{number}")).await;
     }
     assert_eq!(search("many").await.1.as_array().map(Vec::len), Some(10));
+}
+
+#[tokio::test]
+async fn who_searches_for_everybody_is_slowed_down() {
+    let world = World::new()
+        .await
+        .restart_with(|config| config.attempts.search_user = Allowance::per_minutes(2, 15))
+        .await;
+    let (ada, bob) = (world.person("ada").await, world.person("bob").await);
+    let search = async |token: &str| {
+        world
+            .call_as(token, "GET", "/v1/users/search?email=ada", None)
+            .await
+    };
+    for _ in 0..2 {
+        assert_eq!(search(&ada.token).await.0, 200);
+    }
+    let (status, body) = search(&ada.token).await;
+    assert_eq!((status, code(&body)), (429, "rate_limited"), "{body}");
+    // Each for themselves; and what is no search counts nothing.
+    for _ in 0..3 {
+        let (status, _) = world
+            .call_as(&bob.token, "GET", "/v1/users/search?email=a", None)
+            .await;
+        assert_eq!(status, 400);
+    }
+    assert_eq!(search(&bob.token).await.0, 200);
 }
 
 #[tokio::test]

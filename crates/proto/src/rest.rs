@@ -53,11 +53,13 @@ macro_rules! body {
 mod accounts;
 mod around;
 mod events;
+mod hosts;
 mod teams;
 
 pub use accounts::*;
 pub use around::*;
 pub use events::*;
+pub use hosts::*;
 pub use teams::*;
 
 /// A sandbox's status as clients see it. Exactly these words: the Wrenn SDK rejects others.
@@ -434,6 +436,9 @@ body! {
     pub struct ErrorBody {
         /// What went wrong.
         pub error: ErrorDetail,
+        /// With `host_has_sandboxes`: those that are in the way.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        pub sandbox_ids: Vec<String>,
     }
 
     /// What went wrong.

@@ -179,6 +179,11 @@ const ROUTES: &[Route] = &[
     // Hosts.
     on("POST", "/v1/hosts/register", "host.register", "host", Answer("/host_id")).host(),
     on("POST", "/v1/hosts/auth/refresh", "host.refresh_token", "host", Id::None).host(),
+    on("POST", "/v1/hosts", "host.create", "host", Answer("/host/id")).once(),
+    on("DELETE", "/v1/hosts/{id}", "host.delete", "host", Path("id")),
+    on("POST", "/v1/hosts/{id}/token", "host.issue_token", "host", Path("id")),
+    on("POST", "/v1/hosts/{id}/tags", "host.tag_add", "host", Path("id")),
+    on("DELETE", "/v1/hosts/{id}/tags/{tag}", "host.tag_remove", "host", Path("id")),
     // Channels.
     on("POST", "/v1/channels", "channel.create", "channel", Answer("/id")).once(),
     on("PATCH", "/v1/channels/{id}", "channel.update", "channel", Path("id")),

@@ -27,7 +27,7 @@ pub(crate) fn status(code: ErrorCode) -> StatusCode {
         ErrorCode::Forbidden => StatusCode::FORBIDDEN,
         ErrorCode::NotFound => StatusCode::NOT_FOUND,
         ErrorCode::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
-        ErrorCode::InvalidState | ErrorCode::Conflict => StatusCode::CONFLICT,
+        ErrorCode::InvalidState | ErrorCode::Conflict | ErrorCode::HostHasSandboxes => StatusCode::CONFLICT,
         ErrorCode::PayloadTooLarge => StatusCode::PAYLOAD_TOO_LARGE,
         ErrorCode::RateLimited => StatusCode::TOO_MANY_REQUESTS,
         ErrorCode::NoCapacity | ErrorCode::HostUnavailable | ErrorCode::DatabaseUnavailable => {
@@ -60,6 +60,7 @@ impl IntoResponse for ApiError {
                 code: error.code.as_str().to_owned(),
                 message: error.message,
             },
+            sandbox_ids: error.sandboxes.iter().map(ToString::to_string).collect(),
         };
         let mut response = (status, Json(body)).into_response();
         if let Some(wait) = retry_after {

@@ -11,6 +11,7 @@ mod error;
 mod events;
 mod extract;
 mod files;
+mod host_management;
 mod hosts;
 mod idempotency;
 mod meta;
@@ -75,6 +76,7 @@ fn documented() -> OpenApiRouter<Services> {
         .routes(routes!(hosts::refresh))
         .routes(routes!(hosts::heartbeat))
         .routes(routes!(hosts::sandbox_events))
+        .merge(host_management::routes())
         .merge(accounts::routes())
         .merge(teams::routes())
         .merge(admin::routes())

@@ -35,7 +35,7 @@ const KEY: &str = "Idempotency-Key";
         (name = "channels", description = "Where state changes are told: webhooks and chats"),
         (name = "audit", description = "Who did what"),
         (name = "admin", description = "What platform admins see and do"),
-        (name = "hosts", description = "What host agents call"),
+        (name = "hosts", description = "Hosts: how people manage them, and what their agents call"),
         (name = "service", description = "The server itself"),
     )
 )]

@@ -364,13 +364,14 @@ pub(crate) struct SearchParams {
     security(("session" = [])), responses(
     (status = 200, body = [FoundUser]),
     (status = 400, body = ErrorBody, description = "`invalid_request`"),
-    (status = 401, body = ErrorBody, description = "`unauthorized`")))]
+    (status = 401, body = ErrorBody, description = "`unauthorized`"),
+    (status = 429, body = ErrorBody, description = "`rate_limited`")))]
 async fn search_users(
     State(services): State<Services>,
-    Signed(_): Signed,
+    Signed(session): Signed,
     Params(SearchParams { email }): Params<SearchParams>,
 ) -> ApiResult<Json<Vec<FoundUser>>> {
-    let found = services.search_users(&email).await?;
+    let found = services.search_users(&session, &email).await?;
     let found = found
         .into_iter()
         .map(|(id, email)| FoundUser {

@@ -120,6 +120,8 @@ pub struct AttemptLimits {
     pub reset_address: Allowance,
     /// Mails with links to one account.
     pub mail_account: Allowance,
+    /// Searches for people by one user: enough for typing, too few to list everybody.
+    pub search_user: Allowance,
 }
 
 impl Default for AttemptLimits {
@@ -131,6 +133,7 @@ impl Default for AttemptLimits {
             sign_up_address: Allowance::per_minutes(60, 60),
             reset_address: Allowance::per_minutes(30, 60),
             mail_account: Allowance::per_minutes(5, 60),
+            search_user: Allowance::per_minutes(300, 15),
         }
     }
 }

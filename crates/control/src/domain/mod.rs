@@ -251,13 +251,88 @@ impl HostStatus {
     }
 }
 
+/// Whose a host is, and so whose sandboxes it takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostOwner {
+    /// The platform's: all teams'.
+    Platform,
+    /// A team's, which brought it: that team's alone.
+    Team(TeamId),
+}
+
+impl HostOwner {
+    /// The word in the database and on the wire.
+    #[must_use]
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Platform => "regular",
+            Self::Team(_) => "byoc",
+        }
+    }
+
+    /// The team that brought it.
+    #[must_use]
+    pub fn team(self) -> Option<TeamId> {
+        match self {
+            Self::Platform => None,
+            Self::Team(team) => Some(team),
+        }
+    }
+
+    /// Whether a team's sandboxes may be there.
+    #[must_use]
+    pub fn serves(self, team: TeamId) -> bool {
+        self.team().is_none_or(|owner| owner == team)
+    }
+}
+
+/// What becomes of a host that somebody has deleted, until its row goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HostDeletion {
+    /// There is nothing on it; what was just being placed there goes elsewhere.
+    Emptying,
+    /// What is on it is destroyed.
+    Destroying,
+}
+
+impl HostDeletion {
+    /// The word in the database.
+    #[must_use]
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Emptying => "emptying",
+            Self::Destroying => "destroying",
+        }
+    }
+
+    /// The state of a word.
+    #[must_use]
+    pub fn parse(word: &str) -> Option<Self> {
+        [Self::Emptying, Self::Destroying]
+            .into_iter()
+            .find(|state| state.as_str() == word)
+    }
+}
+
 /// A host.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Host {
     /// Its id.
     pub id: HostId,
+    /// Whose it is.
+    pub owner: HostOwner,
+    /// Who runs the machine.
+    pub provider: Option<String>,
+    /// Where it stands.
+    pub availability_zone: Option<String>,
     /// Whether it can be given work.
     pub status: HostStatus,
+    /// Set once somebody has deleted it: it is given nothing more.
+    pub deletion: Option<HostDeletion>,
+    /// Its processors' kind; empty until it registers.
+    pub arch: String,
+    /// Its agent's version.
+    pub version: String,
     /// Where the agent serves.
     pub address: String,
     /// What the control plane presents to the agent, as stored: sealed, or (from before it was) as it is.
@@ -274,6 +349,15 @@ pub struct Host {
     pub disk_available_mb: u64,
     /// When the last heartbeat came.
     pub last_heartbeat_at: Option<Millis>,
+    /// When it was created.
+    pub created_at: Millis,
+}
+
+impl Host {
+    /// Whether it is worth asking: its agent was heard lately.
+    pub(crate) fn is_heard(&self) -> bool {
+        matches!(self.status, HostStatus::Online | HostStatus::Draining)
+    }
 }
 
 impl std::fmt::Debug for Host {

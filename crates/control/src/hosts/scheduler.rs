@@ -1,4 +1,4 @@
-//! Chooses a host: round robin over the online hosts that have the template and the room.
+//! Chooses a host: round robin over the online hosts that take the team's sandboxes and have the template and the room.
 //!
 //! Three things count. *Memory* as the host last told it, less what is on its way there. *vCPUs*, of which
 //! a host takes a multiple of its processors ([`Placement::vcpu_overcommit`]), since most sandboxes wait
@@ -13,13 +13,15 @@ use std::fmt::Write as _;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::config::Placement;
-use crate::domain::{Host, HostId, Sandbox, TemplateId};
+use crate::domain::{Host, HostId, Sandbox, TeamId, TemplateId};
 use crate::store::{OnHost, Store};
 use crate::{Error, ErrorCode, Result};
 
 /// What a sandbox needs of its host.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Needs {
+    /// Whose it is: other teams' own hosts do not take it.
+    pub(crate) team: TeamId,
     pub(crate) template: TemplateId,
     pub(crate) vcpus: u32,
     pub(crate) memory_mb: u32,
@@ -28,6 +30,7 @@ pub(crate) struct Needs {
 impl From<&Sandbox> for Needs {
     fn from(sandbox: &Sandbox) -> Self {
         Self {
+            team: sandbox.team,
             template: sandbox.template,
             vcpus: sandbox.vcpus,
             memory_mb: sandbox.memory_mb,
@@ -50,7 +53,7 @@ impl Scheduler {
         needs: Needs,
         refused: &[HostId],
     ) -> Result<Host> {
-        let mut hosts = store.hosts_with_template(needs.template).await?;
+        let mut hosts = store.hosts_with_template(needs.template, needs.team).await?;
         hosts.retain(|host| !refused.contains(&host.id));
         if hosts.is_empty() {
             return Err(Error::new(
@@ -251,7 +254,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::domain::HostStatus;
+    use crate::domain::{HostOwner, HostStatus};
 
     fn amounts(vcpus: u64, memory_mb: u64, disk_mb: u64) -> Amounts {
         Amounts {
@@ -264,7 +267,13 @@ mod tests {
     fn host() -> Host {
         Host {
             id: HostId::new(),
+            owner: HostOwner::Platform,
+            provider: None,
+            availability_zone: None,
             status: HostStatus::Online,
+            deletion: None,
+            arch: String::new(),
+            version: String::new(),
             address: String::new(),
             rpc_token: String::new(),
             cpu_cores: 4,
@@ -273,6 +282,7 @@ mod tests {
             memory_available_mb: 6000,
             disk_available_mb: 50_000,
             last_heartbeat_at: None,
+            created_at: 0,
         }
     }
 

@@ -4,8 +4,8 @@ use super::Services;
 use crate::auth;
 use crate::domain::account::UserStatus;
 use crate::domain::around::AuditEntry;
-use crate::domain::{HostId, KeyId, TeamId, UserId, now};
-use crate::store::{NewAccount, NewKey};
+use crate::domain::{HostId, HostOwner, KeyId, TeamId, UserId, now};
+use crate::store::{NewAccount, NewHost, NewKey};
 use crate::{Error, Result};
 
 /// What the first start created. The key is shown this once; the store has its hash only.
@@ -47,6 +47,19 @@ impl std::fmt::Debug for HostToken {
             .field("host_id", &self.host_id)
             .finish_non_exhaustive()
     }
+}
+
+/// For which host a registration token is.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum HostTokenFor<'a> {
+    /// One that exists.
+    Known(HostId),
+    /// One that is created with it.
+    New {
+        owner: HostOwner,
+        provider: Option<&'a str>,
+        availability_zone: Option<&'a str>,
+    },
 }
 
 /// How long a registration token can be used: an hour.
@@ -101,24 +114,57 @@ impl Services {
         Ok((team, key))
     }
 
-    /// A registration token: for a new host, or for one that exists and lost its tokens.
+    /// A registration token, as an operator asks for one: for a new host of the platform, or for one that exists and
+    /// lost its tokens.
     pub(crate) async fn issue_host_token(&self, host: Option<HostId>) -> Result<HostToken> {
+        let whose = host.map_or(
+            HostTokenFor::New {
+                owner: HostOwner::Platform,
+                provider: None,
+                availability_zone: None,
+            },
+            HostTokenFor::Known,
+        );
+        self.registration_token(whose, None).await
+    }
+
+    /// A registration token. Those that the host had before and that nobody used end.
+    pub(super) async fn registration_token(
+        &self,
+        whose: HostTokenFor<'_>,
+        creator: Option<UserId>,
+    ) -> Result<HostToken> {
         let token = auth::random_secret("wrh_", 32)?;
         let expires_at = now() + HOST_TOKEN_LIFE;
-        let host_id = match host {
-            Some(host) => {
-                if self.store.host(host).await?.is_none() {
+        let token_hash = auth::hash(&token);
+        let host_id = match whose {
+            HostTokenFor::Known(host) => {
+                let replaced = self
+                    .store
+                    .host_token_replace(host, creator, &token_hash, expires_at)
+                    .await?;
+                if !replaced {
                     return Err(Error::not_found("host", host));
                 }
-                self.store
-                    .host_token_add(host, &auth::hash(&token), expires_at)
-                    .await?;
                 host
             }
-            None => {
+            HostTokenFor::New {
+                owner,
+                provider,
+                availability_zone,
+            } => {
+                let new = NewHost {
+                    owner,
+                    provider,
+                    availability_zone,
+                    creator,
+                    token_hash: &token_hash,
+                    token_expires_at: expires_at,
+                };
                 self.store
-                    .host_create(None, &auth::hash(&token), expires_at)
+                    .host_create(new)
                     .await?
+                    .ok_or_else(super::teams::team_gone)?
             }
         };
         self.audit(AuditEntry::cli("host.issue_token", "host", host_id));

@@ -151,19 +151,15 @@ impl Services {
         if after.is_some_and(|after| after.contains('\0')) {
             return Err(Error::invalid("after must not contain a NUL character"));
         }
-        self.store
-            .channels_of_team(team, after, limit.into())
-            .await?
-            .into_iter()
-            .map(|channel| self.shown(channel))
-            .collect()
+        let channels = self.store.channels_of_team(team, after, limit.into()).await?;
+        Ok(channels.into_iter().map(|channel| self.shown(channel)).collect())
     }
 
     /// One channel.
     pub async fn get_channel(&self, session: &Session, id: &str) -> Result<ShownChannel> {
         let (team, _) = session.in_team()?;
         let channel = self.channel(team, id).await?;
-        self.shown(channel)
+        Ok(self.shown(channel))
     }
 
     /// Changes a channel's name and events.
@@ -215,7 +211,7 @@ impl Services {
 
     async fn changed(&self, team: TeamId, id: &str, outcome: Outcome) -> Result<Option<ShownChannel>> {
         match outcome {
-            Outcome::Updated => Ok(Some(self.shown(self.channel(team, id).await?)?)),
+            Outcome::Updated => Ok(Some(self.shown(self.channel(team, id).await?))),
             Outcome::Stale => Ok(None),
             Outcome::Missing => Err(Error::not_found("channel", id)),
         }
@@ -305,12 +301,22 @@ impl Services {
             .ok_or_else(missing)
     }
 
-    fn shown(&self, channel: Channel) -> Result<ShownChannel> {
-        Ok(ShownChannel {
-            config: masked(channel.provider, &self.open_channel(&channel)?),
+    /// A channel whose configuration cannot be opened (it was sealed under another secret) is shown without it: its owner
+    /// can give it a new one, or delete it.
+    fn shown(&self, channel: Channel) -> ShownChannel {
+        let config = self.open_channel(&channel).unwrap_or_else(|error| {
+            tracing::error!(
+                channel = %channel.id,
+                error = &error as &dyn std::error::Error,
+                "a channel's configuration cannot be opened"
+            );
+            ChannelConfig::default()
+        });
+        ShownChannel {
+            config: masked(channel.provider, &config),
             channel,
             secret: None,
-        })
+        }
     }
 
     fn seal_channel(&self, id: ChannelId, config: &ChannelConfig) -> Result<String> {

@@ -23,7 +23,7 @@ use crate::tasks::TaskKind;
 use crate::{Error, ErrorCode, Result};
 
 /// Sandboxes of one team that are destroyed at the same time.
-const AT_ONCE: usize = 64;
+pub(super) const AT_ONCE: usize = 64;
 
 /// Teams that a task of this process empties at the moment.
 #[derive(Debug, Default)]
@@ -138,6 +138,11 @@ impl Services {
         };
         self.store.team_purge_rows(team).await?;
         self.known_keys.forget_team(team);
+        // Its own hosts go with it; they are asked to destroy what they have before.
+        let hosts = self.store.hosts_of_team(team).await?;
+        for &host in &hosts {
+            self.give_up_host(host).await?;
+        }
         let mut left = Vec::new();
         let mut after = None;
         loop {
@@ -163,6 +168,9 @@ impl Services {
                 tracing::debug!(%template, %error, "a template's files stay for now");
             }
         }
+        for host in hosts {
+            self.remove_host_logged(host).await;
+        }
         // What was written meanwhile: samples and usage of the sandboxes that were still there.
         self.store.team_purge_rows(team).await?;
         Ok(self.store.team_purged(team).await?)
@@ -181,7 +189,7 @@ impl Services {
     }
 
     /// Decides that a sandbox ends, whatever its status. Returns whether it was this that decided it.
-    async fn destroy_unasked(&self, id: SandboxId) -> Result<bool> {
+    pub(super) async fn destroy_unasked(&self, id: SandboxId) -> Result<bool> {
         // Losing the race against another change means deciding again on what that change left.
         for _ in 0..16 {
             let Some(sandbox) = self.store.sandbox(id).await? else {
@@ -203,11 +211,13 @@ impl Services {
         ))
     }
 
-    /// Takes up all deletions of teams that are not finished. Returns how many still are not.
+    /// Takes up all deletions of teams and hosts that are not finished. Returns how many still are not.
     pub(crate) async fn deletion_pass(&self) -> Result<usize> {
         let teams = self.store.teams_purging().await?;
         futures::future::join_all(teams.into_iter().map(|team| self.purge_logged(team))).await;
-        Ok(self.store.teams_purging().await?.len())
+        let hosts = self.store.hosts_deleting().await?;
+        futures::future::join_all(hosts.iter().map(|host| self.remove_host_logged(host.id))).await;
+        Ok(self.store.teams_purging().await?.len() + self.store.hosts_deleting().await?.len())
     }
 
     /// Deletes the rows of accounts whose grace is over. Returns how many.
@@ -230,7 +240,7 @@ impl Services {
         Ok(deleted)
     }
 
-    /// Runs the housekeeping until shutdown, beginning now: unfinished deletions and accounts whose grace is over where
+    /// Runs the housekeeping until shutdown, beginning now: unfinished deletions of teams and hosts, and accounts whose grace is over where
     /// the leader is, last uses of keys (which each instance collects) everywhere.
     pub(crate) fn start_housekeeping(&self) {
         let services = self.clone();
@@ -252,6 +262,10 @@ impl Services {
                 // A task each: a host that does not answer holds up its own team only.
                 Ok(teams) => teams.into_iter().for_each(|team| self.start_purge(team)),
                 Err(error) => failed("finding unfinished deletions", &error.into()),
+            }
+            match self.store.hosts_deleting().await {
+                Ok(hosts) => hosts.iter().for_each(|host| self.start_host_removal(host.id)),
+                Err(error) => failed("finding hosts that are to go", &error.into()),
             }
             if let Err(error) = self.hard_delete_pass().await {
                 failed("deleting old accounts", &error);

@@ -15,10 +15,10 @@ use super::Services;
 use crate::domain::lifecycle::{Source, Verdict, apply_report};
 use crate::domain::{Actor, Failure, HostId, Sandbox, SandboxId, SandboxStatus, TemplateId, now};
 use crate::events::Event;
-use crate::hosts::{Needs, rpc};
+use crate::hosts::{Client, Needs, rpc};
 use crate::store::{Change, Finish, Guard, Made, Outcome};
 use crate::tasks::TaskKind;
-use crate::{ErrorCode, Result};
+use crate::{Error, ErrorCode, Result};
 
 /// How a step of driving ended.
 enum Step {
@@ -123,7 +123,7 @@ impl Services {
             envs: sandbox.envs.clone().into_iter().collect(),
             ..Default::default()
         };
-        let answer = match self.client_of(sandbox).await {
+        let answer = match self.client_for_start(sandbox).await {
             Ok(client) => client
                 .create_sandbox_with_options(request, self.lifecycle())
                 .await
@@ -293,9 +293,35 @@ impl Services {
         }
     }
 
+    /// The client of the host where a sandbox is to start: not one that is being removed, which sends the start elsewhere.
+    async fn client_for_start(&self, sandbox: &Sandbox) -> Result<Client> {
+        let host = sandbox
+            .host
+            .ok_or_else(|| Error::wrong_status("start", sandbox.status))?;
+        let host = self.host_of(host).await?;
+        if host.deletion.is_some() {
+            return Err(Error::new(
+                ErrorCode::HostUnavailable,
+                "the chosen host is being removed",
+            ));
+        }
+        self.pool.client(&host)
+    }
+
+    /// The client of the host where a sandbox is to end. `None` where the host has been deleted and is not heard any more:
+    /// nobody waits for it.
+    async fn client_for_stop(&self, host: HostId) -> Result<Option<Client>> {
+        let host = self.host_of(host).await?;
+        if host.deletion.is_some() && !host.is_heard() {
+            return Ok(None);
+        }
+        self.pool.client(&host).map(Some)
+    }
+
     async fn drive_stop(&self, sandbox: &Sandbox) -> Result<Step> {
-        if let Some(host) = sandbox.host {
-            let client = self.client(host).await?;
+        if let Some(host) = sandbox.host
+            && let Some(client) = self.client_for_stop(host).await?
+        {
             let request = hostagent::DestroySandboxRequest {
                 sandbox_id: sandbox.id.to_string(),
                 generation: sandbox.generation,

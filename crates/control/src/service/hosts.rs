@@ -13,13 +13,16 @@ use crate::domain::{Failure, Host, HostId, Millis, SandboxId, TemplateId, now};
 use crate::events::Event;
 use crate::hosts::pool::{TOKEN_PREFIX, is_plain, seal_token};
 use crate::hosts::rpc;
-use crate::store::{Change, HostFacts, HostRegistration, Outcome};
+use crate::store::{Change, HostFacts, HostRefresh, HostRegistration, Outcome};
 use crate::{Error, ErrorCode, Result};
 
 /// Life of an agent's bearer token: 7 days.
 const TOKEN_LIFE: Millis = 7 * 24 * 3_600_000;
 /// Life of its refresh token: 60 days.
 const REFRESH_LIFE: Millis = 60 * 24 * 3_600_000;
+/// How long a refresh token counts after it was exchanged, should the answer have been lost: an hour, in which a machine
+/// has started again.
+const REFRESH_GRACE: Millis = 3_600_000;
 /// Most templates in a heartbeat, and events in one callback.
 const MAX_ITEMS: usize = 10_000;
 
@@ -111,16 +114,19 @@ impl Services {
             .store
             .host_refresh(
                 &auth::hash(&body.refresh_token),
-                &tokens.token_hash,
-                tokens.token_expires_at,
-                &tokens.refresh_hash,
-                tokens.refresh_expires_at,
+                HostRefresh {
+                    grace: REFRESH_GRACE,
+                    token_hash: &tokens.token_hash,
+                    token_expires_at: tokens.token_expires_at,
+                    refresh_hash: &tokens.refresh_hash,
+                    refresh_expires_at: tokens.refresh_expires_at,
+                },
             )
             .await?
             .ok_or_else(|| {
                 Error::new(
                     ErrorCode::Unauthorized,
-                    "the refresh token is unknown, used or too old",
+                    "the refresh token is unknown, replaced or too old; register the host again with a new token",
                 )
             })?;
         // Which agents do every few days. The agent has its new tokens whatever becomes of this.
@@ -168,7 +174,7 @@ impl Services {
             self.store
                 .template_on_host(
                     id,
-                    host.id,
+                    host,
                     template.status,
                     &rpc::text(&template.detail).replace('\0', ""),
                     template.progress_pct,
@@ -184,7 +190,7 @@ impl Services {
             memory_available_mb,
             disk_available_mb,
         };
-        let back = self.store.host_heartbeat(host.id, facts).await?;
+        let back = self.store.host_heartbeat(host, facts).await?;
         if let Some(address) = address {
             let address = agent_address(&address)?;
             if address != host.address {

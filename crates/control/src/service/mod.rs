@@ -14,7 +14,8 @@ pub(crate) mod deliver;
 mod drive;
 pub(crate) mod events;
 pub(crate) mod files;
-pub(crate) mod hosts;
+pub(crate) mod host_management;
+mod hosts;
 pub(crate) mod idempotency;
 pub(crate) mod keys;
 mod leader;
@@ -160,12 +161,15 @@ impl Services {
 
     /// The client of a host.
     pub(crate) async fn client(&self, host: HostId) -> Result<Client> {
-        let host = self
-            .store
+        self.pool.client(&self.host_of(host).await?)
+    }
+
+    /// A sandbox's host.
+    async fn host_of(&self, host: HostId) -> Result<crate::domain::Host> {
+        self.store
             .host(host)
             .await?
-            .ok_or_else(|| Error::new(ErrorCode::HostUnavailable, "the sandbox's host is gone"))?;
-        self.pool.client(&host)
+            .ok_or_else(|| Error::new(ErrorCode::HostUnavailable, "the sandbox's host is gone"))
     }
 
     /// Takes up what an earlier process left unfinished.
@@ -266,7 +270,13 @@ mod tests {
         };
         let host = Host {
             id: HostId::new(),
+            owner: crate::domain::HostOwner::Platform,
+            provider: None,
+            availability_zone: None,
             status: HostStatus::Online,
+            deletion: None,
+            arch: String::new(),
+            version: String::new(),
             address: "http://h:1".to_owned(),
             rpc_token: text(),
             cpu_cores: 1,
@@ -275,6 +285,7 @@ mod tests {
             memory_available_mb: 1,
             disk_available_mb: 1,
             last_heartbeat_at: None,
+            created_at: 0,
         };
         let account = Account {
             id: UserId::new(),

@@ -295,7 +295,8 @@ fn stray(
             Stray::Leave
         };
     }
-    if elsewhere && record.status == SandboxStatus::Missing {
+    // A team's own host gets no sandbox of another team by saying that it has it.
+    if elsewhere && record.status == SandboxStatus::Missing && host.owner.serves(record.team) {
         Stray::Home
     } else {
         Stray::Leave

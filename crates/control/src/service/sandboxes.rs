@@ -64,6 +64,7 @@ impl Services {
         let template = self.template_for_create(principal, template.as_deref()).await?;
         let sizes = validate::sizes(&template, vcpus, memory_mb, disk_size_mb, &self.config.limits)?;
         let needs = Needs {
+            team: principal.team,
             template: template.id,
             vcpus: sizes.vcpus,
             memory_mb: sizes.memory_mb,

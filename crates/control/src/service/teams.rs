@@ -232,13 +232,14 @@ impl Services {
     }
 
     /// Active users whose address begins so.
-    pub async fn search_users(&self, prefix: &str) -> Result<Vec<(UserId, String)>> {
+    pub async fn search_users(&self, session: &Session, prefix: &str) -> Result<Vec<(UserId, String)>> {
         let prefix = prefix.trim().to_lowercase();
         if prefix.chars().count() < LEAST_PREFIX || prefix.len() > MAX_EMAIL || prefix.contains('\0') {
             return Err(Error::invalid(format!(
                 "email must be the first {LEAST_PREFIX} characters of an address or more, at most {MAX_EMAIL} bytes"
             )));
         }
+        self.admit_search(session.user).await?;
         Ok(self.store.users_by_email_prefix(&prefix, MOST_FOUND).await?)
     }
 }

@@ -129,6 +129,15 @@ impl Store {
         Ok(updated.rows_affected == 1)
     }
 
+    /// Whether a live team may bring hosts of its own.
+    pub(crate) async fn team_byoc(&self, id: TeamId) -> Result<Option<bool>, DbErr> {
+        let team = team::Entity::find_by_id(id.0)
+            .filter(team::Column::DeletedAt.is_null())
+            .one(&self.db)
+            .await?;
+        Ok(team.map(|team| team.byoc))
+    }
+
     /// The users whose accounts live, newest first, and how many there are in all.
     pub(crate) async fn admin_users(
         &self,

@@ -134,6 +134,19 @@ table!(host, "hosts", {
     pub last_heartbeat_at: Option<i64>,
     pub created_at: i64,
     pub updated_at: i64,
+    pub kind: String,
+    pub team_id: Option<Uuid>,
+    pub provider: Option<String>,
+    pub availability_zone: Option<String>,
+    pub deletion: Option<String>,
+});
+
+table!(host_tag, "host_tags", {
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub host_id: Uuid,
+    #[sea_orm(primary_key, auto_increment = false)]
+    pub tag: String,
+    pub created_at: i64,
 });
 
 table!(host_token, "host_tokens", {
@@ -155,6 +168,7 @@ table!(host_refresh_token, "host_refresh_tokens", {
     pub created_at: i64,
     pub expires_at: i64,
     pub revoked_at: Option<i64>,
+    pub superseded_at: Option<i64>,
 });
 
 table!(template, "templates", {

@@ -1,15 +1,17 @@
 //! Hosts, their tokens and heartbeats.
 
 use sea_orm::ActiveValue::Set;
+use sea_orm::sea_query::Expr;
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, Condition, DbErr, EntityTrait, QueryFilter, QueryOrder, TransactionTrait,
 };
 
 use super::entity::{host, host_refresh_token, host_token, template_host};
 use super::events::record;
+use super::host_management::{revoke_one_time, revoke_refresh, wanted};
 use super::{Store, big, corrupt, int, unsigned};
 use crate::domain::event::{EventKind, EventPayload, NewEvent};
-use crate::domain::{Host, HostId, HostStatus, Millis, TeamId, TemplateId, UserId, now};
+use crate::domain::{Host, HostDeletion, HostId, HostOwner, HostStatus, Millis, TeamId, TemplateId, now};
 
 /// What an agent tells about its machine, with the tokens it gets (hashed, but for the one that the
 /// control plane has to present, which is sealed).
@@ -21,6 +23,16 @@ pub(crate) struct HostRegistration<'a> {
     pub(crate) address: &'a str,
     /// Seals it for the host that the one-time token turns out to stand for.
     pub(crate) rpc_token: &'a (dyn Fn(HostId) -> crate::Result<String> + Sync),
+    pub(crate) token_hash: &'a str,
+    pub(crate) token_expires_at: Millis,
+    pub(crate) refresh_hash: &'a str,
+    pub(crate) refresh_expires_at: Millis,
+}
+
+/// The pair that a refresh token is exchanged for.
+pub(crate) struct HostRefresh<'a> {
+    /// How long the old one counts on while the new pair is not used, milliseconds.
+    pub(crate) grace: Millis,
     pub(crate) token_hash: &'a str,
     pub(crate) token_expires_at: Millis,
     pub(crate) refresh_hash: &'a str,
@@ -39,74 +51,6 @@ pub(crate) struct HostFacts<'a> {
 }
 
 impl Store {
-    /// Creates a host that waits for its registration, with the one-time token's hash.
-    pub(crate) async fn host_create(
-        &self,
-        creator: Option<UserId>,
-        token_hash: &str,
-        expires_at: Millis,
-    ) -> Result<HostId, DbErr> {
-        let id = HostId::new();
-        let now = now();
-        let transaction = self.db.begin().await?;
-        host::ActiveModel {
-            id: Set(id.0),
-            status: Set(HostStatus::Pending.as_str().to_owned()),
-            arch: Set(String::new()),
-            address: Set(String::new()),
-            rpc_token: Set("".into()),
-            token_hash: Set(None),
-            token_expires_at: Set(None),
-            previous_token_hash: Set(None),
-            cpu_cores: Set(0),
-            memory_mb: Set(0),
-            disk_gb: Set(0),
-            memory_available_mb: Set(0),
-            disk_available_mb: Set(0),
-            version: Set(String::new()),
-            created_by: Set(creator.map(|creator| creator.0)),
-            last_heartbeat_at: Set(None),
-            created_at: Set(now),
-            updated_at: Set(now),
-        }
-        .insert(&transaction)
-        .await?;
-        host_token::ActiveModel {
-            id: Set(HostId::new().0),
-            host_id: Set(id.0),
-            token_hash: Set(token_hash.into()),
-            created_by: Set(creator.map(|creator| creator.0)),
-            created_at: Set(now),
-            expires_at: Set(expires_at),
-            used_at: Set(None),
-        }
-        .insert(&transaction)
-        .await?;
-        transaction.commit().await?;
-        Ok(id)
-    }
-
-    /// A further one-time token for a host that exists.
-    pub(crate) async fn host_token_add(
-        &self,
-        id: HostId,
-        token_hash: &str,
-        expires_at: Millis,
-    ) -> Result<(), DbErr> {
-        host_token::ActiveModel {
-            id: Set(HostId::new().0),
-            host_id: Set(id.0),
-            token_hash: Set(token_hash.into()),
-            created_by: Set(None),
-            created_at: Set(now()),
-            expires_at: Set(expires_at),
-            used_at: Set(None),
-        }
-        .insert(&self.db)
-        .await
-        .map(drop)
-    }
-
     /// Uses up a one-time token and stores what the agent told, all or nothing. `None`: no such token,
     /// or used, or too old.
     pub(crate) async fn host_register(
@@ -147,9 +91,14 @@ impl Store {
             refresh_hash,
             refresh_expires_at,
         } = registration;
-        let rpc_token = rpc_token(HostId(token.host_id)).map_err(|error| DbErr::Custom(error.to_string()))?;
-        host::Entity::update_many()
+        let id = HostId(token.host_id);
+        // Whoever registered before, with another token, is this host no more.
+        revoke_one_time(&transaction, id).await?;
+        revoke_refresh(&transaction, id, None).await?;
+        let rpc_token = rpc_token(id).map_err(|error| DbErr::Custom(error.to_string()))?;
+        let updated = host::Entity::update_many()
             .col_expr(host::Column::Status, HostStatus::Online.as_str().into())
+            .col_expr(host::Column::PreviousTokenHash, Expr::value(None::<String>))
             .col_expr(host::Column::Arch, arch.into())
             .col_expr(host::Column::Address, address.into())
             .col_expr(host::Column::RpcToken, rpc_token.into())
@@ -165,76 +114,139 @@ impl Store {
             )
             .col_expr(host::Column::LastHeartbeatAt, now.into())
             .col_expr(host::Column::UpdatedAt, now.into())
-            .filter(host::Column::Id.eq(token.host_id))
+            .filter(host::Column::Id.eq(id.0))
+            .filter(wanted())
             .exec(&transaction)
             .await?;
-        refresh_row(HostId(token.host_id), refresh_hash, refresh_expires_at, now)
+        let registered = host::Entity::find_by_id(id.0).one(&transaction).await?;
+        let (1, Some(registered)) = (updated.rows_affected, registered) else {
+            transaction.rollback().await?;
+            return Ok(None);
+        };
+        refresh_row(id, refresh_hash, refresh_expires_at, now)
             .insert(&transaction)
             .await?;
-        record(&transaction, host_event(EventKind::HostUp, HostId(token.host_id))).await?;
+        record(
+            &transaction,
+            host_event(EventKind::HostUp, id, owner(&registered)?),
+        )
+        .await?;
         transaction.commit().await?;
-        Ok(Some(HostId(token.host_id)))
+        Ok(Some(id))
     }
 
-    /// The host that a bearer token names. The token before the newest one still counts: an agent that
-    /// died between a refresh and writing it down is not locked out.
+    /// The host that a bearer token names. The token before the newest one counts until that has been used: an agent to
+    /// which the answer of a refresh got lost, or which died before writing it down, is not locked out.
     pub(crate) async fn host_by_token_hash(&self, token_hash: &str) -> Result<Option<Host>, DbErr> {
+        let now = now();
         let row = host::Entity::find()
             .filter(
                 Condition::any()
                     .add(host::Column::TokenHash.eq(token_hash))
                     .add(host::Column::PreviousTokenHash.eq(token_hash)),
             )
-            .filter(host::Column::TokenExpiresAt.gt(now()))
+            .filter(host::Column::TokenExpiresAt.gt(now))
             .one(&self.db)
             .await?;
-        row.map(domain).transpose()
+        let Some(row) = row else { return Ok(None) };
+        if row.previous_token_hash.is_some()
+            && row.token_hash.as_ref().is_some_and(|hash| hash.0 == token_hash)
+        {
+            self.host_has_new_tokens(HostId(row.id), token_hash, now).await?;
+        }
+        domain(row).map(Some)
     }
 
-    /// Exchanges a refresh token: the new pair is stored before the old one is revoked, in one
-    /// transaction. `None`: unknown, used or too old.
+    /// The agent has its new tokens: those before them end. Two statements, in no transaction: a refresh takes the same
+    /// rows the other way round, and what is not revoked here ends with its grace.
+    async fn host_has_new_tokens(&self, id: HostId, token_hash: &str, seen: Millis) -> Result<(), DbErr> {
+        let confirmed = host::Entity::update_many()
+            .col_expr(host::Column::PreviousTokenHash, Expr::value(None::<String>))
+            .filter(host::Column::Id.eq(id.0))
+            .filter(host::Column::TokenHash.eq(token_hash))
+            .exec(&self.db)
+            .await?;
+        if confirmed.rows_affected == 0 {
+            return Ok(());
+        }
+        host_refresh_token::Entity::update_many()
+            .col_expr(host_refresh_token::Column::RevokedAt, now().into())
+            .filter(host_refresh_token::Column::HostId.eq(id.0))
+            .filter(host_refresh_token::Column::RevokedAt.is_null())
+            .filter(host_refresh_token::Column::SupersededAt.lte(seen))
+            .exec(&self.db)
+            .await
+            .map(drop)
+    }
+
+    /// Exchanges a refresh token for a new pair. It counts on until the new pair is used, or for a grace, and a repetition
+    /// within that time replaces the pair that did not arrive. `None`: unknown, revoked or too old.
     pub(crate) async fn host_refresh(
         &self,
         old_refresh_hash: &str,
-        token_hash: &str,
-        token_expires_at: Millis,
-        refresh_hash: &str,
-        refresh_expires_at: Millis,
+        fresh: HostRefresh<'_>,
     ) -> Result<Option<HostId>, DbErr> {
+        use host_refresh_token::Column;
+        let HostRefresh {
+            grace,
+            token_hash,
+            token_expires_at,
+            refresh_hash,
+            refresh_expires_at,
+        } = fresh;
         let now = now();
         let transaction = self.db.begin().await?;
-        let revoked = host_refresh_token::Entity::update_many()
-            .col_expr(host_refresh_token::Column::RevokedAt, now.into())
-            .filter(host_refresh_token::Column::TokenHash.eq(old_refresh_hash))
-            .filter(host_refresh_token::Column::RevokedAt.is_null())
-            .filter(host_refresh_token::Column::ExpiresAt.gt(now))
+        let superseded: Expr = Expr::case(Column::SupersededAt.is_null(), now)
+            .finally(Expr::col(Column::SupersededAt))
+            .into();
+        let counts = host_refresh_token::Entity::update_many()
+            .col_expr(Column::SupersededAt, superseded)
+            .filter(Column::TokenHash.eq(old_refresh_hash))
+            .filter(Column::RevokedAt.is_null())
+            .filter(Column::ExpiresAt.gt(now))
+            .filter(
+                Condition::any()
+                    .add(Column::SupersededAt.is_null())
+                    .add(Column::SupersededAt.gt(now - grace)),
+            )
             .exec(&transaction)
             .await?;
         let row = host_refresh_token::Entity::find()
-            .filter(host_refresh_token::Column::TokenHash.eq(old_refresh_hash))
+            .filter(Column::TokenHash.eq(old_refresh_hash))
             .one(&transaction)
             .await?;
-        let (1, Some(row)) = (revoked.rows_affected, row) else {
+        let (1, Some(row)) = (counts.rows_affected, row) else {
             transaction.rollback().await?;
             return Ok(None);
         };
-        refresh_row(HostId(row.host_id), refresh_hash, refresh_expires_at, now)
+        let id = HostId(row.host_id);
+        // Those before it, since whoever has this one needs them no more; or those that came of it and did not arrive.
+        revoke_refresh(&transaction, id, Some(row.id)).await?;
+        refresh_row(id, refresh_hash, refresh_expires_at, now)
             .insert(&transaction)
             .await?;
-        use sea_orm::sea_query::Expr;
-        host::Entity::update_many()
-            .col_expr(
-                host::Column::PreviousTokenHash,
+        let repeated = row.superseded_at.is_some_and(|at| at < now);
+        let arrived: Expr = if repeated {
+            // The newest did not arrive: what the agent has is the one before.
+            Expr::case(
+                host::Column::PreviousTokenHash.is_null(),
                 Expr::col(host::Column::TokenHash),
             )
+            .finally(Expr::col(host::Column::PreviousTokenHash))
+            .into()
+        } else {
+            Expr::col(host::Column::TokenHash)
+        };
+        host::Entity::update_many()
+            .col_expr(host::Column::PreviousTokenHash, arrived)
             .col_expr(host::Column::TokenHash, token_hash.into())
             .col_expr(host::Column::TokenExpiresAt, token_expires_at.into())
             .col_expr(host::Column::UpdatedAt, now.into())
-            .filter(host::Column::Id.eq(row.host_id))
+            .filter(host::Column::Id.eq(id.0))
             .exec(&transaction)
             .await?;
         transaction.commit().await?;
-        Ok(Some(HostId(row.host_id)))
+        Ok(Some(id))
     }
 
     /// Puts another form of the same RPC token in the place of the one that was read.
@@ -249,7 +261,8 @@ impl Store {
     }
 
     /// Notes a heartbeat. Returns whether the host was not online before.
-    pub(crate) async fn host_heartbeat(&self, id: HostId, facts: HostFacts<'_>) -> Result<bool, DbErr> {
+    pub(crate) async fn host_heartbeat(&self, host: &Host, facts: HostFacts<'_>) -> Result<bool, DbErr> {
+        let id = host.id;
         let HostFacts {
             version,
             cpu_cores,
@@ -284,7 +297,7 @@ impl Store {
             .exec(&transaction)
             .await?;
         if back.rows_affected > 0 {
-            record(&transaction, host_event(EventKind::HostUp, id)).await?;
+            record(&transaction, host_event(EventKind::HostUp, id, host.owner)).await?;
         }
         transaction.commit().await?;
         Ok(back.rows_affected > 0)
@@ -320,7 +333,8 @@ impl Store {
                 .exec(&transaction)
                 .await?;
             if updated.rows_affected == 1 {
-                record(&transaction, host_event(EventKind::HostDown, HostId(row.id))).await?;
+                let down = host_event(EventKind::HostDown, HostId(row.id), owner(&row)?);
+                record(&transaction, down).await?;
                 fallen.push(HostId(row.id));
             }
             transaction.commit().await?;
@@ -360,8 +374,12 @@ impl Store {
             .collect()
     }
 
-    /// Online hosts on which a template is ready, in a stable order.
-    pub(crate) async fn hosts_with_template(&self, template: TemplateId) -> Result<Vec<Host>, DbErr> {
+    /// Online hosts that take a team's sandboxes and on which a template is ready, in a stable order.
+    pub(crate) async fn hosts_with_template(
+        &self,
+        template: TemplateId,
+        team: TeamId,
+    ) -> Result<Vec<Host>, DbErr> {
         use sea_orm::sea_query::Query;
         let holders = Query::select()
             .column(template_host::Column::HostId)
@@ -371,6 +389,12 @@ impl Store {
             .to_owned();
         let rows = host::Entity::find()
             .filter(host::Column::Status.eq(HostStatus::Online.as_str()))
+            .filter(wanted())
+            .filter(
+                Condition::any()
+                    .add(host::Column::Kind.eq(HostOwner::Platform.kind()))
+                    .add(host::Column::TeamId.eq(team.0)),
+            )
             .filter(host::Column::Id.in_subquery(holders))
             .order_by_asc(host::Column::Id)
             .all(&self.db)
@@ -379,10 +403,10 @@ impl Store {
     }
 }
 
-/// Hosts serve all teams, so that their events are the platform's.
-fn host_event(kind: EventKind, id: HostId) -> NewEvent {
+/// What happens to a host concerns whose it is.
+pub(super) fn host_event(kind: EventKind, id: HostId, owner: HostOwner) -> NewEvent {
     NewEvent {
-        team: TeamId::PLATFORM,
+        team: owner.team().unwrap_or(TeamId::PLATFORM),
         kind,
         outcome: None,
         resource: id.to_string(),
@@ -404,17 +428,38 @@ fn refresh_row(
         created_at: Set(now),
         expires_at: Set(expires_at),
         revoked_at: Set(None),
+        superseded_at: Set(None),
     }
 }
 
-fn domain(row: host::Model) -> Result<Host, DbErr> {
+fn owner(row: &host::Model) -> Result<HostOwner, DbErr> {
+    match (row.kind.as_str(), row.team_id) {
+        ("regular", None) => Ok(HostOwner::Platform),
+        ("byoc", Some(team)) => Ok(HostOwner::Team(TeamId(team))),
+        _ => Err(corrupt("hosts", "kind")),
+    }
+}
+
+pub(super) fn domain(row: host::Model) -> Result<Host, DbErr> {
+    let owner = owner(&row)?;
+    let deletion = row
+        .deletion
+        .as_deref()
+        .map(|word| HostDeletion::parse(word).ok_or_else(|| corrupt("hosts", "deletion")))
+        .transpose()?;
     let status = HostStatus::ALL
         .into_iter()
         .find(|status| status.as_str() == row.status)
         .ok_or_else(|| corrupt("hosts", "status"))?;
     Ok(Host {
         id: HostId(row.id),
+        owner,
+        provider: row.provider,
+        availability_zone: row.availability_zone,
         status,
+        deletion,
+        arch: row.arch,
+        version: row.version,
         address: row.address,
         rpc_token: row.rpc_token.0,
         cpu_cores: unsigned(row.cpu_cores),
@@ -423,5 +468,6 @@ fn domain(row: host::Model) -> Result<Host, DbErr> {
         memory_available_mb: unsigned(row.memory_available_mb),
         disk_available_mb: unsigned(row.disk_available_mb),
         last_heartbeat_at: row.last_heartbeat_at,
+        created_at: row.created_at,
     })
 }

@@ -12,7 +12,7 @@ use super::entity::{template_alias, template_host};
 use super::events::record;
 use super::{Store, big, corrupt, int, unsigned};
 use crate::domain::event::{EventKind, EventOutcome, EventPayload, NewEvent};
-use crate::domain::{Actor, HostId, TeamId, Template, TemplateId, TemplateKind, TemplateStatus, now};
+use crate::domain::{Actor, Host, HostId, TeamId, Template, TemplateId, TemplateKind, TemplateStatus, now};
 
 /// Why a snapshot failed whose sandbox is not making it any more.
 const ABANDONED: &str = "its sandbox ended or changed before the snapshot was made";
@@ -28,7 +28,7 @@ pub(crate) fn status_word(status: TemplateStatus) -> &'static str {
     }
 }
 
-fn kind_word(kind: TemplateKind) -> &'static str {
+pub(super) fn kind_word(kind: TemplateKind) -> &'static str {
     match kind {
         TemplateKind::Base => "base",
         TemplateKind::Snapshot => "snapshot",
@@ -426,11 +426,11 @@ impl Store {
     }
 
     /// Stores what a host says about a platform template, and derives the template's own state:
-    /// ready as soon as any host has it.
+    /// ready as soon as any host has it. A team's own host says nothing about how the platform fares with it.
     pub(crate) async fn template_on_host(
         &self,
         id: TemplateId,
-        host: HostId,
+        host: &Host,
         status: TemplateStatus,
         detail: &str,
         progress_pct: u32,
@@ -442,7 +442,7 @@ impl Store {
             .one(&self.db)
             .await?;
         let Some(known) = platform else { return Ok(()) };
-        let held = template_host::Entity::find_by_id((id.0, host.0))
+        let held = template_host::Entity::find_by_id((id.0, host.id.0))
             .one(&self.db)
             .await?;
         // Heartbeats mostly repeat what the last one said, and reading is cheaper than writing.
@@ -453,10 +453,14 @@ impl Store {
                 && held.size_bytes == big(size_bytes)
         });
         if !repeated {
-            template_host::Entity::insert(holder(id, host, status, detail, progress_pct, size_bytes))
+            template_host::Entity::insert(holder(id, host.id, status, detail, progress_pct, size_bytes))
                 .on_conflict(holder_conflict())
                 .exec_without_returning(&self.db)
                 .await?;
+        }
+        let ready = |word: &str| word == status_word(TemplateStatus::Ready);
+        if host.owner.team().is_some() && (status != TemplateStatus::Ready || ready(&known.status)) {
+            return Ok(());
         }
         let mut update = Entity::update_many()
             .col_expr(Column::Status, status_word(status).into())

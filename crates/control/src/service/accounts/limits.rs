@@ -10,7 +10,7 @@ use std::time::Duration;
 use super::Services;
 use crate::auth;
 use crate::config::Allowance;
-use crate::domain::now;
+use crate::domain::{UserId, now};
 use crate::{Error, Result};
 
 impl Services {
@@ -66,6 +66,13 @@ impl Services {
             self.config.attempts.mail_account,
         )
         .await
+    }
+
+    /// Counts a search for people.
+    pub(in crate::service) async fn admit_search(&self, user: UserId) -> Result<()> {
+        let bucket = format!("search:{user}");
+        self.attempt("searches", &bucket, self.config.attempts.search_user)
+            .await
     }
 
     async fn attempt(&self, what: &str, bucket: &str, allowance: Allowance) -> Result<()> {

@@ -16,6 +16,7 @@ mod m0007_verified_addresses;
 mod m0008_usage_by_day;
 mod m0009_snapshot_index;
 mod m0010_event_actors;
+mod m0011_host_management;
 mod m0012_sandbox_metrics;
 mod of_extension;
 
@@ -39,6 +40,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0008_usage_by_day::UsageByDay),
             Box::new(m0009_snapshot_index::SnapshotIndex),
             Box::new(m0010_event_actors::EventActors),
+            Box::new(m0011_host_management::HostManagement),
             Box::new(m0012_sandbox_metrics::SandboxMetrics),
         ]
     }
