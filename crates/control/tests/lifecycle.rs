@@ -91,6 +91,30 @@ async fn a_sandbox_lives_and_ends() {
 }
 
 #[tokio::test]
+async fn records_of_what_ended_are_kept_for_a_while() {
+    let world = World::new()
+        .await
+        .restart_with(|config| config.around.stopped_keep = std::time::Duration::from_secs(3600))
+        .await;
+    let (ended, paused) = (world.sandbox().await, world.sandbox().await);
+    let path = format!("/v1/sandboxes/{ended}?wait=20");
+    assert_eq!(world.call("DELETE", &path, None).await.0, 200);
+    let path = format!("/v1/sandboxes/{paused}/pause?wait=20");
+    assert_eq!(world.post(&path, json!({})).await.0, 200);
+    let now = wrenn_control::domain::now();
+    let status = async |sandbox: &str| world.get(&format!("/v1/sandboxes/{sandbox}")).await.0;
+    for (later, found) in [(0, 200), (3_500_000, 200), (3_700_000, 404)] {
+        world.running.control.prune(now + later).await.expect("a pass");
+        assert_eq!(status(&ended).await, found, "{later} ms later");
+        assert_eq!(status(&paused).await, 200);
+    }
+    assert_eq!(
+        world.get("/v1/sandboxes?all=true").await.1[0]["id"],
+        json!(paused)
+    );
+}
+
+#[tokio::test]
 async fn wrong_states_are_named() {
     let world = World::new().await;
     let sandbox = world.sandbox().await;

@@ -555,6 +555,15 @@ async fn no_hot_query_reads_a_large_table_from_end_to_end() {
     note("usage and samples", scans);
     let scans = setup
         .scans(async |setup| {
+            let scrape = setup.plane.request(setup.key(), "GET", "/metrics");
+            let text = scrape.send().await.expect("an answer").text().await;
+            let text = text.expect("text");
+            assert!(text.contains("wrenn_sandboxes{status=\"stopped\"} "), "{text}");
+        })
+        .await;
+    note("the metrics page", scans);
+    let scans = setup
+        .scans(async |setup| {
             setup
                 .plane
                 .call(setup.key(), "GET", "/v1/sandboxes/stats", None)
