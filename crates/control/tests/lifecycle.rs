@@ -4,6 +4,7 @@ mod common;
 
 use common::{World, code, id, message};
 use connectrpc::ConnectError;
+use sea_orm::ConnectionTrait as _;
 use serde_json::json;
 use wrenn_proto::rest::SandboxStatus;
 use wrenn_testkit::simhost::{Call, SimSandbox, SimState};
@@ -112,6 +113,41 @@ async fn records_of_what_ended_are_kept_for_a_while() {
         world.get("/v1/sandboxes?all=true").await.1[0]["id"],
         json!(paused)
     );
+}
+
+#[tokio::test]
+async fn a_heartbeat_without_news_writes_nothing() {
+    let world = World::new().await;
+    let db = world.database().await;
+    let noted = async || {
+        let sql = "SELECT updated_at, memory_available_mb FROM hosts";
+        let statement = sea_orm::Statement::from_string(db.get_database_backend(), sql);
+        let row = db
+            .query_one_raw(statement)
+            .await
+            .expect("a query")
+            .expect("a host");
+        let number = |name: &str| row.try_get::<i64>("", name).expect("a number");
+        (number("updated_at"), number("memory_available_mb"))
+    };
+    let write = async |sql: &str| drop(db.execute_unprepared(sql).await.expect("written"));
+    let ready = wrenn_proto::rest::TemplateStatus::Ready;
+    world.host.heartbeat_with(8000, ready).await;
+    write("UPDATE hosts SET updated_at = 1").await;
+    world.host.heartbeat_with(8000, ready).await;
+    world.host.heartbeat_with(7990, ready).await;
+    assert_eq!(noted().await, (1, 8000));
+    // Room that matters, and the sign of life after a while.
+    world.host.heartbeat_with(4000, ready).await;
+    let (at, memory) = noted().await;
+    assert!(at > 1 && memory == 4000);
+    write("UPDATE hosts SET updated_at = 1, last_heartbeat_at = last_heartbeat_at - 30000").await;
+    world.host.heartbeat_with(4000, ready).await;
+    assert!(noted().await.0 > 1);
+    // Out of reach, it is back at once.
+    write("UPDATE hosts SET status = 'unreachable'").await;
+    world.host.heartbeat_with(4000, ready).await;
+    assert_eq!(world.post("/v1/sandboxes?wait=20", json!({})).await.0, 201);
 }
 
 #[tokio::test]

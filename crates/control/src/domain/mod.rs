@@ -244,6 +244,8 @@ pub struct Host {
     pub address: String,
     /// What the control plane presents to the agent.
     pub(crate) rpc_token: String,
+    /// The agent's version.
+    pub version: String,
     /// Its processors.
     pub cpu_cores: u32,
     /// MiB of memory that its sandboxes may be promised together.

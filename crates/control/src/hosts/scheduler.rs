@@ -263,6 +263,7 @@ mod tests {
 
     fn host() -> Host {
         Host {
+            version: String::new(),
             id: HostId::new(),
             status: HostStatus::Online,
             address: String::new(),
