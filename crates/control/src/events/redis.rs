@@ -7,7 +7,8 @@ use std::time::Duration;
 
 use redis::aio::{ConnectionManager, ConnectionManagerConfig, MultiplexedConnection};
 use redis::streams::{
-    StreamAutoClaimOptions, StreamAutoClaimReply, StreamId, StreamMaxlen, StreamReadOptions, StreamReadReply,
+    StreamAutoClaimOptions, StreamAutoClaimReply, StreamId, StreamInfoConsumersReply, StreamMaxlen,
+    StreamReadOptions, StreamReadReply,
 };
 use redis::{AsyncCommands as _, AsyncConnectionConfig, Client, RedisError};
 use tokio::sync::mpsc;
@@ -28,6 +29,8 @@ const MAX_ENTRIES: usize = 100_000;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long a read waits for news.
 const BLOCK: Duration = Duration::from_secs(2);
+/// Least silence of a consumer that counts as dead: one that lives asks after each wait.
+const SILENCE: Duration = Duration::from_secs(5);
 /// Between two attempts to connect.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -206,6 +209,28 @@ impl Link {
             )
             .await?;
         Ok(reply.claimed.into_iter().map(entry).collect())
+    }
+
+    /// Removes consumers from the group that have nothing open and did not ask for this long: instances that died. Returns
+    /// how many. One that lives after all is in the group again with its next question.
+    pub(crate) async fn bury(
+        &self,
+        connection: &mut MultiplexedConnection,
+        silence: Duration,
+    ) -> Result<usize, RedisError> {
+        let silence = silence.max(SILENCE);
+        let group: StreamInfoConsumersReply = connection.xinfo_consumers(&self.stream, GROUP).await?;
+        let mut buried = 0;
+        for consumer in group.consumers {
+            let silent = u128::try_from(consumer.idle).is_ok_and(|idle| idle >= silence.as_millis());
+            if silent && consumer.pending == 0 && consumer.name != self.consumer {
+                let _: i64 = connection
+                    .xgroup_delconsumer(&self.stream, GROUP, &consumer.name)
+                    .await?;
+                buried += 1;
+            }
+        }
+        Ok(buried)
     }
 
     /// These need not be told to anybody of the group again.

@@ -204,6 +204,17 @@ impl Services {
             if claimed_at.is_none_or(|at| at.elapsed() >= idle) {
                 let entries = link.claim(&mut connection, idle).await.map_err(Error::internal)?;
                 self.consume_entries(link, &mut connection, entries).await?;
+                // What they had open is claimed first.
+                let buried = link
+                    .bury(&mut connection, idle * 10)
+                    .await
+                    .map_err(Error::internal)?;
+                if buried > 0 {
+                    tracing::info!(
+                        consumers = buried,
+                        "instances that died left the stream of events"
+                    );
+                }
                 claimed_at = Some(tokio::time::Instant::now());
             }
             let entries = link.read(&mut connection).await.map_err(Error::internal)?;
