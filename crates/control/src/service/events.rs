@@ -275,9 +275,15 @@ impl Services {
         Ok(self.store.events_prune(now() - kept).await?)
     }
 
-    /// Where a stream begins that does not come back.
-    pub(crate) async fn events_end(&self) -> Result<i64> {
-        Ok(self.store.events_end().await?)
+    /// Where a stream begins, and whether it may have missed something: at the end, or after what its reader saw last.
+    pub(crate) async fn events_from(&self, last: Option<i64>) -> Result<(i64, bool)> {
+        let end = self.store.events_end().await?;
+        match last {
+            None => Ok((end, false)),
+            // Of another life of this database, restored from a backup: nothing would come for as long as it lags behind.
+            Some(last) if last > end => Ok((end, true)),
+            Some(last) => Ok((last, last < self.store.events_pruned().await?)),
+        }
     }
 
     /// The next page of a team's events, with the sandboxes as they are now.
