@@ -130,7 +130,9 @@ async fn a_heartbeat_without_news_writes_nothing() {
         let number = |name: &str| row.try_get::<i64>("", name).expect("a number");
         (number("updated_at"), number("memory_available_mb"))
     };
-    let write = async |sql: &str| drop(db.execute_unprepared(sql).await.expect("written"));
+    let write = async |sql: &str| {
+        db.execute_unprepared(sql).await.expect("written");
+    };
     let ready = wrenn_proto::rest::TemplateStatus::Ready;
     world.host.heartbeat_with(8000, ready).await;
     write("UPDATE hosts SET updated_at = 1").await;
