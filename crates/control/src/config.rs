@@ -252,6 +252,8 @@ pub struct Around {
     pub telegram_url: String,
     /// Age at which entries of the audit log are removed.
     pub audit_keep: Duration,
+    /// Age at which the records of sandboxes that ended are removed.
+    pub stopped_keep: Duration,
     /// Between two samples of what teams hold.
     pub sample_interval: Duration,
     /// Between two questions to all hosts what their sandboxes use.
@@ -283,6 +285,7 @@ impl Default for Around {
             allow_private_webhooks: false,
             telegram_url: "https://api.telegram.org".to_owned(),
             audit_keep: DAY * 400,
+            stopped_keep: DAY * 30,
             sample_interval: Duration::from_secs(10),
             sandbox_metrics_interval: Duration::from_secs(15),
             usage_interval: Duration::from_secs(60),

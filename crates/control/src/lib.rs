@@ -251,6 +251,14 @@ impl ControlPlane {
         self.services.relay_pass().await
     }
 
+    /// Removes events now that streams need not come back to any more; returns how many.
+    ///
+    /// # Errors
+    /// The database failed.
+    pub async fn prune_events(&self) -> Result<u64> {
+        self.services.prune_events().await
+    }
+
     /// Renews this instance's leases now; returns whether the background passes are its own.
     ///
     /// # Errors

@@ -220,6 +220,40 @@ async fn a_deletion_that_was_cut_off_is_finished_by_the_next_process() {
 }
 
 #[tokio::test]
+async fn a_hibernated_sandbox_goes_with_its_team() {
+    let world = World::new().await;
+    let (ada, bob) = (world.person("ada").await, world.person("bob").await);
+    let db = world.database().await;
+    for person in [&ada, &bob] {
+        let asleep = sandbox(&world, person).await;
+        let path = format!("/v1/sandboxes/{asleep}/pause?wait=20");
+        assert_eq!(
+            world
+                .call_as(&person.token, "POST", &path, Some(json!({})))
+                .await
+                .0,
+            200
+        );
+        let mut hibernate = Query::update();
+        hibernate
+            .table("sandboxes")
+            .value("status", "hibernated")
+            .and_where(Expr::col("id").eq(id(&asleep).0));
+        db.execute(&hibernate).await.expect("it hibernates");
+    }
+    delete_team(&world, &ada).await;
+    emptied(&world).await;
+    assert_gone(&world, &ada).await;
+    // Its files were on the host; the other team's are still there.
+    assert_eq!(world.host.arrived(Call::Destroy), 1);
+    assert_eq!(world.host.with(|model| model.sandboxes.len()), 1);
+    let kept = Expr::col("team_id")
+        .eq(team(&bob))
+        .and(Expr::col("status").eq("hibernated"));
+    assert_eq!(count(&db, "sandboxes", kept).await, 1);
+}
+
+#[tokio::test]
 async fn a_snapshot_under_way_leaves_no_files() {
     let world = World::new().await;
     let ada = world.person("ada").await;

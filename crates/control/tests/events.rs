@@ -140,6 +140,113 @@ async fn a_life_is_told_in_order() {
     assert_eq!(ids(&rest), ids(&seen[5..]));
 }
 
+#[tokio::test]
+async fn who_was_away_too_long_is_told_that_something_was_missed() {
+    let world = World::new()
+        .await
+        .restart_with(|config| config.timings.event_retention = Duration::ZERO)
+        .await;
+    let first = async |last: i64| {
+        let mut follower = Follower::new(&world, Some(last)).await;
+        let (id, name, data) = follower.message().await.expect("a first message");
+        assert_eq!(name, "connected");
+        (id, data["metadata"]["missed"] == json!("true"))
+    };
+    let mut follower = Follower::new(&world, None).await;
+    let (start, _, data) = follower.message().await.expect("a first message");
+    assert_eq!(data.get("metadata"), None, "{data}");
+    world.sandbox().await;
+    let seen = follower.until("capsule.create").await;
+    let (end, ..) = seen[seen.len() - 1];
+    assert_eq!(first(start).await, (start, false), "all is still there");
+    // Until all were taken in, some stay.
+    let deadline = tokio::time::Instant::now() + DEADLINE;
+    loop {
+        world.running.control.prune_events().await.expect("a pass");
+        let (id, missed) = first(end - 1).await;
+        assert_eq!(id, end - 1);
+        if missed {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "the events stay");
+    }
+    assert_eq!(first(start).await, (start, true));
+    assert_eq!(first(end).await, (end, false), "nothing came after it");
+    // From another life of the database: it goes on from here.
+    assert_eq!(first(end + 1000).await, (end, true));
+    let mut ahead = Follower::new(&world, Some(end + 1000)).await;
+    ahead.message().await.expect("a first message");
+    world.sandbox().await;
+    ahead.until("capsule.create").await;
+}
+
+#[tokio::test]
+async fn what_a_newer_version_wrote_holds_up_nobody() {
+    let world = World::new().await;
+    let db = world.database().await;
+    let mut follower = Follower::new(&world, None).await;
+    follower.message().await.expect("a first message");
+    for (kind, payload) in [
+        ("capsule.teleported", r#"{"to": "elsewhere"}"#),
+        (
+            "capsule.state.changed",
+            r#"{"from": "running", "to": "elsewhere"}"#,
+        ),
+    ] {
+        let mut insert = sea_orm::sea_query::Query::insert();
+        insert
+            .into_table("events")
+            .columns([
+                "team_id",
+                "kind",
+                "outcome",
+                "resource_type",
+                "resource_id",
+                "payload",
+                "created_at",
+                "actor_type",
+            ])
+            .values_panic([
+                world.bootstrap.team_id.0.into(),
+                kind.into(),
+                "undecided".into(),
+                "sandbox".into(),
+                "x".into(),
+                payload.into(),
+                1i64.into(),
+                "robot".into(),
+            ]);
+        db.execute(&insert).await.expect("an event");
+    }
+    world.sandbox().await;
+    let seen = follower.until("capsule.create").await;
+    let names: Vec<_> = seen.iter().map(|(_, name, _)| name.as_str()).collect();
+    let changed = "capsule.state.changed";
+    assert_eq!(names, [changed, changed, changed, "capsule.create"]);
+    let (_, _, strange) = &seen[0];
+    assert_eq!(strange["metadata"], json!({"from": "running"}), "{strange}");
+    assert_eq!(
+        (strange.get("actor"), strange.get("outcome")),
+        (None, None),
+        "{strange}"
+    );
+    // It waits for a version that knows it until it is too old; the others are taken in.
+    let open = async || {
+        let sql = "SELECT kind FROM events WHERE consumed_at IS NULL";
+        let statement = sea_orm::Statement::from_string(db.get_database_backend(), sql);
+        let rows = db.query_all_raw(statement).await.expect("rows");
+        let kind = |row: sea_orm::QueryResult| row.try_get::<String>("", "kind").expect("a word");
+        rows.into_iter().map(kind).collect::<Vec<_>>()
+    };
+    let deadline = tokio::time::Instant::now() + DEADLINE;
+    while open().await != ["capsule.teleported"] {
+        assert!(tokio::time::Instant::now() < deadline, "{:?}", open().await);
+        tokio::task::yield_now().await;
+    }
+    world.running.control.prune_events().await.expect("a pass");
+    assert!(open().await.is_empty());
+}
+
 /// Who caused each of these messages: the type of actor and its name.
 fn actors(messages: &[Message]) -> Vec<(&str, &str, &str)> {
     messages

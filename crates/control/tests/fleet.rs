@@ -304,7 +304,7 @@ async fn what_a_dead_consumer_had_is_claimed_and_what_redis_forgot_is_told_again
         redis.command(&["XPENDING", &stream, "control"]).starts_with('0')
     })
     .await;
-    eventually("the ghost is taken out of the group", async || {
+    eventually("the ghost leaves the group", async || {
         !redis
             .command(&["XINFO", "CONSUMERS", &stream, "control"])
             .contains("ghost")

@@ -4,6 +4,7 @@ mod common;
 
 use common::{World, code, id, message};
 use connectrpc::ConnectError;
+use sea_orm::ConnectionTrait as _;
 use serde_json::json;
 use wrenn_proto::rest::SandboxStatus;
 use wrenn_testkit::simhost::{Call, SimSandbox, SimState};
@@ -88,6 +89,67 @@ async fn a_sandbox_lives_and_ends() {
             .0,
         202
     );
+}
+
+#[tokio::test]
+async fn records_of_what_ended_are_kept_for_a_while() {
+    let world = World::new()
+        .await
+        .restart_with(|config| config.around.stopped_keep = std::time::Duration::from_secs(3600))
+        .await;
+    let (ended, paused) = (world.sandbox().await, world.sandbox().await);
+    let path = format!("/v1/sandboxes/{ended}?wait=20");
+    assert_eq!(world.call("DELETE", &path, None).await.0, 200);
+    let path = format!("/v1/sandboxes/{paused}/pause?wait=20");
+    assert_eq!(world.post(&path, json!({})).await.0, 200);
+    let now = wrenn_control::domain::now();
+    let status = async |sandbox: &str| world.get(&format!("/v1/sandboxes/{sandbox}")).await.0;
+    for (later, found) in [(0, 200), (3_500_000, 200), (3_700_000, 404)] {
+        world.running.control.prune(now + later).await.expect("a pass");
+        assert_eq!(status(&ended).await, found, "{later} ms later");
+        assert_eq!(status(&paused).await, 200);
+    }
+    assert_eq!(
+        world.get("/v1/sandboxes?all=true").await.1[0]["id"],
+        json!(paused)
+    );
+}
+
+#[tokio::test]
+async fn a_heartbeat_without_news_writes_nothing() {
+    let world = World::new().await;
+    let db = world.database().await;
+    let noted = async || {
+        let sql = "SELECT updated_at, memory_available_mb FROM hosts";
+        let statement = sea_orm::Statement::from_string(db.get_database_backend(), sql);
+        let row = db
+            .query_one_raw(statement)
+            .await
+            .expect("a query")
+            .expect("a host");
+        let number = |name: &str| row.try_get::<i64>("", name).expect("a number");
+        (number("updated_at"), number("memory_available_mb"))
+    };
+    let write = async |sql: &str| {
+        db.execute_unprepared(sql).await.expect("written");
+    };
+    let ready = wrenn_proto::rest::TemplateStatus::Ready;
+    world.host.heartbeat_with(8000, ready).await;
+    write("UPDATE hosts SET updated_at = 1").await;
+    world.host.heartbeat_with(8000, ready).await;
+    world.host.heartbeat_with(7990, ready).await;
+    assert_eq!(noted().await, (1, 8000));
+    // Room that matters, and the sign of life after a while.
+    world.host.heartbeat_with(4000, ready).await;
+    let (at, memory) = noted().await;
+    assert!(at > 1 && memory == 4000);
+    write("UPDATE hosts SET updated_at = 1, last_heartbeat_at = last_heartbeat_at - 30000").await;
+    world.host.heartbeat_with(4000, ready).await;
+    assert!(noted().await.0 > 1);
+    // Out of reach, it is back at once.
+    write("UPDATE hosts SET status = 'unreachable'").await;
+    world.host.heartbeat_with(4000, ready).await;
+    assert_eq!(world.post("/v1/sandboxes?wait=20", json!({})).await.0, 201);
 }
 
 #[tokio::test]

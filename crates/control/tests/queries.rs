@@ -52,13 +52,17 @@ impl Plane {
         Self { control, url, server }
     }
 
-    async fn call(&self, auth: (&str, &str), method: &str, path: &str, body: Option<Value>) -> Value {
+    fn request(&self, auth: (&str, &str), method: &str, path: &str) -> reqwest::RequestBuilder {
         let method = reqwest::Method::from_bytes(method.as_bytes()).expect("a method");
         // A client of its own: no connection outlives the control plane.
-        let mut request = reqwest::Client::new()
+        reqwest::Client::new()
             .request(method, format!("{}{path}", self.url))
             .header(auth.0, auth.1)
-            .timeout(DEADLINE);
+            .timeout(DEADLINE)
+    }
+
+    async fn call(&self, auth: (&str, &str), method: &str, path: &str, body: Option<Value>) -> Value {
+        let mut request = self.request(auth, method, path);
         if let Some(body) = body {
             request = request.json(&body);
         }
@@ -516,6 +520,28 @@ async fn no_hot_query_reads_a_large_table_from_end_to_end() {
         })
         .await;
     note("metrics of sandboxes", scans);
+    // A template that sandboxes stand on cannot be deleted; how many these are is told.
+    let scans = setup
+        .scans(async |setup| {
+            let made = setup
+                .plane
+                .call(setup.key(), "POST", "/v1/sandboxes?wait=60", Some(json!({})))
+                .await;
+            let body = json!({"sandbox_id": made["id"], "name": "base"});
+            let template = setup
+                .plane
+                .call(setup.key(), "POST", "/v1/snapshots?wait=60", Some(body))
+                .await;
+            let template = template["id"].as_str().expect("an id");
+            setup
+                .host
+                .with(|model| model.used_snapshots.insert(template.to_owned()));
+            let refused = setup.plane.request(setup.key(), "DELETE", "/v1/snapshots/base");
+            let (status, body) = answer(refused).await;
+            assert_eq!(status, 409, "{body}");
+        })
+        .await;
+    note("sandboxes on a template", scans);
     setup.postgres.execute(
         "UPDATE channel_deliveries SET status = 'pending', next_at = 0 \
          WHERE id IN (SELECT id FROM channel_deliveries ORDER BY id LIMIT 20)",
@@ -536,6 +562,15 @@ async fn no_hot_query_reads_a_large_table_from_end_to_end() {
         })
         .await;
     note("usage and samples", scans);
+    let scans = setup
+        .scans(async |setup| {
+            let scrape = setup.plane.request(setup.key(), "GET", "/metrics");
+            let text = scrape.send().await.expect("an answer").text().await;
+            let text = text.expect("text");
+            assert!(text.contains("wrenn_sandboxes{status=\"stopped\"} "), "{text}");
+        })
+        .await;
+    note("the metrics page", scans);
     let scans = setup
         .scans(async |setup| {
             setup

@@ -1,6 +1,6 @@
 //! The stream of state changes, as server-sent events.
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::time::Duration;
 
@@ -31,7 +31,9 @@ pub(super) fn routes() -> OpenApiRouter<Services> {
 /// Follow what happens to the team's sandboxes and snapshots, as server-sent events.
 ///
 /// Each message has an `id`; a client that comes back sends the last one it saw in `Last-Event-ID` and misses nothing
-/// of the last day. A message may come twice. The stream ends when the server does: come back then.
+/// of the last day. Whoever was away for longer than what is kept, or knows another life of the database, is told so: the
+/// first message (`connected`) then has `missed` in its `metadata`, and the state is to be read afresh. A message may come
+/// twice. The stream ends when the server does: come back then.
 #[utoipa::path(get, path = "/v1/events/stream", tag = "events", security(("api_key" = []), ("session" = [])),
     params(("Last-Event-ID" = Option<String>, Header, description = "The last `id` that was seen")), responses(
     (status = 200, body = StreamEvent, content_type = "text/event-stream", description = "The `data` of each message"),
@@ -45,15 +47,17 @@ pub(crate) async fn stream(
 ) -> ApiResult<Response> {
     // From before the place is read: what happens between the two is not missed.
     let changes = services.bus.subscribe();
-    let after = match headers.get("last-event-id") {
-        Some(last) => last
-            .to_str()
-            .ok()
-            .and_then(|text| text.trim().parse::<i64>().ok())
-            .filter(|seq| *seq >= 0)
-            .ok_or_else(|| Error::invalid("Last-Event-ID must be the id of a message of this stream"))?,
-        None => services.events_end().await?,
-    };
+    let last = headers
+        .get("last-event-id")
+        .map(|last| {
+            last.to_str()
+                .ok()
+                .and_then(|text| text.trim().parse::<i64>().ok())
+                .filter(|seq| *seq >= 0)
+                .ok_or_else(|| Error::invalid("Last-Event-ID must be the id of a message of this stream"))
+        })
+        .transpose()?;
+    let (after, missed) = services.events_from(last).await?;
     let text = |name: &str| {
         headers
             .get(name)
@@ -67,7 +71,7 @@ pub(crate) async fn stream(
         caller,
         after,
         changes,
-        page: VecDeque::from([connected(after)]),
+        page: VecDeque::from([connected(after, missed)]),
         keepalive,
         silent_until: Instant::now() + keepalive,
         recheck_at: Instant::now() + services.config.timings.recheck,
@@ -152,13 +156,14 @@ impl Follower {
 }
 
 /// The first message: the client knows that nothing after it is missed, and from where to come back.
-fn connected(after: i64) -> Message {
+fn connected(after: i64, missed: bool) -> Message {
+    let missed = missed.then(|| ("missed".to_owned(), "true".to_owned()));
     let event = StreamEvent {
         event: "connected".to_owned(),
         outcome: None,
         resource: None,
         actor: None,
-        metadata: BTreeMap::new(),
+        metadata: missed.into_iter().collect(),
         error: None,
         sandbox: None,
         timestamp: timestamp(now()),

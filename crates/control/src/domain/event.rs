@@ -73,6 +73,11 @@ impl EventKind {
         Self::ALL.into_iter().find(|kind| kind.as_str() == word)
     }
 
+    /// The words that this version knows. A newer one that shares the database may write others.
+    pub(crate) fn words() -> impl Iterator<Item = &'static str> {
+        Self::ALL.into_iter().map(Self::as_str)
+    }
+
     /// What the event is about.
     pub(crate) fn resource_type(self) -> &'static str {
         match self {
@@ -114,10 +119,18 @@ impl EventOutcome {
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct EventPayload {
     /// A sandbox's status before.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "known_status"
+    )]
     pub(crate) from: Option<SandboxStatus>,
     /// A sandbox's status after.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[serde(
+        default,
+        skip_serializing_if = "Option::is_none",
+        deserialize_with = "known_status"
+    )]
     pub(crate) to: Option<SandboxStatus>,
     /// A snapshot's name.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -125,6 +138,12 @@ pub(crate) struct EventPayload {
     /// Why it failed.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) error: Option<String>,
+}
+
+/// A status, if this version knows it.
+fn known_status<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<SandboxStatus>, D::Error> {
+    let word = Option::<String>::deserialize(from)?;
+    Ok(word.and_then(|word| word.parse().ok()))
 }
 
 /// Who caused an event, as its readers see it.
@@ -309,6 +328,13 @@ mod tests {
             assert!(!is_decided(Some(from), to), "{from} to {to}");
         }
         assert!(is_decided(None, S::Pending));
+    }
+
+    #[test]
+    fn words_of_a_newer_version_are_left_out() {
+        let payload = r#"{"from": "running", "to": "elsewhere", "speed": 3}"#;
+        let payload: EventPayload = serde_json::from_str(payload).expect("a payload");
+        assert_eq!((payload.from, payload.to), (Some(SandboxStatus::Running), None));
     }
 
     #[test]

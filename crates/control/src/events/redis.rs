@@ -29,6 +29,8 @@ const MAX_ENTRIES: usize = 100_000;
 const PATIENCE: Duration = Duration::from_secs(2);
 /// How long a read waits for news.
 const BLOCK: Duration = Duration::from_secs(2);
+/// Least silence of a consumer that counts as dead: one that lives asks after each wait.
+const SILENCE: Duration = Duration::from_secs(5);
 /// Between two attempts to connect.
 const PAUSE: Duration = Duration::from_millis(500);
 
@@ -209,24 +211,26 @@ impl Link {
         Ok(reply.claimed.into_iter().map(entry).collect())
     }
 
-    /// Removes consumers from the group that took nothing for this long and have nothing open: each start of an instance
-    /// adds one, and one that died takes none away. A living one that is removed by mistake comes back with its next
-    /// read, and what it has then is told again from the outbox if need be.
+    /// Removes consumers from the group that have nothing open and did not ask for this long: instances that died. Returns
+    /// how many. One that lives after all is in the group again with its next question.
     pub(crate) async fn bury(
         &self,
         connection: &mut MultiplexedConnection,
-        idle: Duration,
-    ) -> Result<(), RedisError> {
+        silence: Duration,
+    ) -> Result<usize, RedisError> {
+        let silence = silence.max(SILENCE);
         let group: StreamInfoConsumersReply = connection.xinfo_consumers(&self.stream, GROUP).await?;
+        let mut buried = 0;
         for consumer in group.consumers {
-            let old = consumer.idle as u128 >= idle.as_millis();
-            if old && consumer.pending == 0 && consumer.name != self.consumer {
+            let silent = u128::try_from(consumer.idle).is_ok_and(|idle| idle >= silence.as_millis());
+            if silent && consumer.pending == 0 && consumer.name != self.consumer {
                 let _: i64 = connection
                     .xgroup_delconsumer(&self.stream, GROUP, &consumer.name)
                     .await?;
+                buried += 1;
             }
         }
-        Ok(())
+        Ok(buried)
     }
 
     /// These need not be told to anybody of the group again.

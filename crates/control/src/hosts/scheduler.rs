@@ -266,6 +266,7 @@ mod tests {
 
     fn host() -> Host {
         Host {
+            version: String::new(),
             id: HostId::new(),
             owner: HostOwner::Platform,
             provider: None,
@@ -273,7 +274,6 @@ mod tests {
             status: HostStatus::Online,
             deletion: None,
             arch: String::new(),
-            version: String::new(),
             address: String::new(),
             rpc_token: String::new(),
             cpu_cores: 4,

@@ -155,6 +155,9 @@ impl Services {
         self.store.deliveries_prune(now - DELIVERIES_KEEP).await?;
         self.store.idempotency_prune(now).await?;
         self.store.deleted_teams_forget(now - crate::store::DAY).await?;
+        self.store
+            .sandboxes_prune(now - millis(self.config.around.stopped_keep))
+            .await?;
         self.sandbox_metrics_prune(now).await?;
         self.metrics_prune(now).await
     }

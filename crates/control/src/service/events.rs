@@ -29,8 +29,6 @@ use crate::{Error, Result};
 
 /// Events in one step of the relay, and on one page of a stream.
 const PAGE: u64 = 200;
-/// A consumer that took nothing for this many times what makes its events somebody else's is gone.
-const FORSAKEN: u32 = 20;
 /// How often an event is told before it is given up.
 const MAX_ATTEMPTS: i32 = 20;
 /// A connection to Redis that lasted this long was one: its end begins a new outage.
@@ -206,10 +204,16 @@ impl Services {
             if claimed_at.is_none_or(|at| at.elapsed() >= idle) {
                 let entries = link.claim(&mut connection, idle).await.map_err(Error::internal)?;
                 self.consume_entries(link, &mut connection, entries).await?;
-                if self.leads() {
-                    link.bury(&mut connection, idle * FORSAKEN)
-                        .await
-                        .map_err(Error::internal)?;
+                // What they had open is claimed first.
+                let buried = link
+                    .bury(&mut connection, idle * 10)
+                    .await
+                    .map_err(Error::internal)?;
+                if buried > 0 {
+                    tracing::info!(
+                        consumers = buried,
+                        "instances that died left the stream of events"
+                    );
                 }
                 claimed_at = Some(tokio::time::Instant::now());
             }
@@ -271,9 +275,15 @@ impl Services {
         Ok(self.store.events_prune(now() - kept).await?)
     }
 
-    /// Where a stream begins that does not come back.
-    pub(crate) async fn events_end(&self) -> Result<i64> {
-        Ok(self.store.events_end().await?)
+    /// Where a stream begins, and whether it may have missed something: at the end, or after what its reader saw last.
+    pub(crate) async fn events_from(&self, last: Option<i64>) -> Result<(i64, bool)> {
+        let end = self.store.events_end().await?;
+        match last {
+            None => Ok((end, false)),
+            // Of another life of this database, restored from a backup: nothing would come for as long as it lags behind.
+            Some(last) if last > end => Ok((end, true)),
+            Some(last) => Ok((last, last < self.store.events_pruned().await?)),
+        }
     }
 
     /// The next page of a team's events, with the sandboxes as they are now.

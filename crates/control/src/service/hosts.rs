@@ -6,6 +6,7 @@ use wrenn_proto::rest::{
 };
 
 use super::Services;
+use super::drive::millis;
 use crate::auth;
 use crate::domain::around::AuditEntry;
 use crate::domain::lifecycle::{HostState, Source, Verdict, apply_report};
@@ -182,6 +183,8 @@ impl Services {
                 )
                 .await?;
         }
+        // Several notes within the silence after which it counts as unreachable.
+        let fresh = millis(self.config.timings.host_silence) / 4;
         let version: String = version.chars().filter(|char| *char != '\0').take(100).collect();
         let facts = HostFacts {
             version: &version,
@@ -190,7 +193,7 @@ impl Services {
             memory_available_mb,
             disk_available_mb,
         };
-        let back = self.store.host_heartbeat(host, facts).await?;
+        let back = self.store.host_heartbeat(host, facts, fresh).await?;
         if let Some(address) = address {
             let address = agent_address(&address)?;
             if address != host.address {

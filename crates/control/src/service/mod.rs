@@ -14,8 +14,9 @@ pub(crate) mod deliver;
 mod drive;
 pub(crate) mod events;
 pub(crate) mod files;
+mod gauges;
 pub(crate) mod host_management;
-mod hosts;
+pub(crate) mod hosts;
 pub(crate) mod idempotency;
 pub(crate) mod keys;
 mod leader;
@@ -70,6 +71,8 @@ pub struct Inner {
     purging: deletion::Purging,
     accounts: accounts::Accounts,
     pub(crate) around: around::Around,
+    /// What the metrics page counted last.
+    gauges: gauges::Counted,
     pool: Pool,
     scheduler: Scheduler,
     /// Decisions that a task of this process carries at the moment, and whether they were asked for again since.
@@ -117,6 +120,7 @@ impl Services {
                 known_keys: keys::KnownKeys::default(),
                 purging: deletion::Purging::default(),
                 around: around::Around::default(),
+                gauges: gauges::Counted::default(),
                 pool: Pool::new(secret.clone()),
                 secret,
                 scheduler: Scheduler::default(),
@@ -195,13 +199,6 @@ impl Services {
     /// Whether the database answers.
     pub(crate) async fn healthy(&self) -> Result<()> {
         Ok(self.store.ping().await?)
-    }
-
-    /// What the metrics page counts afresh.
-    pub(crate) async fn gauges(
-        &self,
-    ) -> Result<(std::collections::BTreeMap<String, i64>, Vec<crate::domain::Host>)> {
-        Ok((self.store.sandbox_counts().await?, self.store.hosts().await?))
     }
 
     /// Starts the monitor's next pass now, on the instance where it runs.

@@ -403,7 +403,12 @@ fn domain(row: channel::Model) -> Result<Channel, DbErr> {
         name,
         provider: ChannelProvider::parse(&provider).ok_or_else(|| corrupt("channels", "provider"))?,
         sealed: config.0,
-        events: serde_json::from_str(&events).map_err(|_| corrupt("channels", "events"))?,
+        // One that only a newer version knows is left out.
+        events: serde_json::from_str::<Vec<String>>(&events)
+            .map_err(|_| corrupt("channels", "events"))?
+            .iter()
+            .filter_map(|word| ChannelEventKind::parse(word))
+            .collect(),
         created_by: created_by.map(UserId),
         created_at,
         updated_at,

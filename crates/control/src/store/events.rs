@@ -79,11 +79,6 @@ fn name_of(actor: Actor) -> SelectStatement {
     name
 }
 
-/// Kinds that this version knows. Those of a newer one wait for a leader that does, and hold up nothing.
-fn known() -> Condition {
-    Condition::all().add(event::Column::Kind.is_in(EventKind::ALL.map(EventKind::as_str)))
-}
-
 impl Store {
     /// Gives events that have none yet their place in the order, at most `limit` of them; returns the teams that have
     /// something new, and whether there may be more.
@@ -146,7 +141,8 @@ impl Store {
         event::Entity::find()
             .filter(event::Column::Seq.is_not_null())
             .filter(event::Column::ConsumedAt.is_null())
-            .filter(known())
+            // What a newer version wrote waits for one that knows what it means.
+            .filter(event::Column::Kind.is_in(EventKind::words()))
             .filter(
                 Condition::any()
                     .add(event::Column::PublishedAt.is_null())
@@ -218,7 +214,7 @@ impl Store {
         event::Entity::find()
             .filter(event::Column::TeamId.eq(team.0))
             .filter(event::Column::Seq.gt(after))
-            .filter(known())
+            .filter(event::Column::Kind.is_in(EventKind::words()))
             .order_by_asc(event::Column::Seq)
             .limit(limit)
             .all(&self.db)
@@ -236,14 +232,54 @@ impl Store {
             .ok_or_else(|| corrupt("event_cursor", "value"))
     }
 
-    /// Removes old events that were told; returns how many.
+    /// Removes old events that were told, or that nobody here knows how to tell; returns how many.
     pub(crate) async fn events_prune(&self, before: Millis) -> Result<u64, DbErr> {
+        let old = || {
+            Condition::all()
+                .add(event::Column::CreatedAt.lt(before))
+                .add(event::Column::Seq.is_not_null())
+                .add(
+                    Condition::any()
+                        .add(event::Column::ConsumedAt.is_not_null())
+                        .add(event::Column::Kind.is_not_in(EventKind::words())),
+                )
+        };
+        let last: Option<(Option<i64>,)> = event::Entity::find()
+            .select_only()
+            .column_as(event::Column::Seq.max(), "last")
+            .filter(old())
+            .into_tuple()
+            .one(&self.db)
+            .await?;
+        let Some((Some(last),)) = last else { return Ok(0) };
+        // Noted before they go, so that no stream takes for whole what has a gap. Two leaders for a moment agree on the
+        // later one.
+        self.db
+            .execute_raw(self.raw(
+                "INSERT INTO settings (name, value, updated_at) VALUES ('events_pruned', $1, $2) \
+                 ON CONFLICT (name) DO UPDATE SET value = excluded.value, updated_at = excluded.updated_at \
+                 WHERE CAST(settings.value AS BIGINT) < CAST(excluded.value AS BIGINT)",
+                vec![last.to_string().into(), now().into()],
+            ))
+            .await?;
         let pruned = event::Entity::delete_many()
-            .filter(event::Column::CreatedAt.lt(before))
-            .filter(event::Column::ConsumedAt.is_not_null())
+            .filter(old())
+            .filter(event::Column::Seq.lte(last))
             .exec(&self.db)
             .await?;
         Ok(pruned.rows_affected)
+    }
+
+    /// The last place of an event that was removed; zero when none was.
+    pub(crate) async fn events_pruned(&self) -> Result<i64, DbErr> {
+        let row = self
+            .db
+            .query_one_raw(self.raw(
+                "SELECT CAST(value AS BIGINT) FROM settings WHERE name = 'events_pruned'",
+                Vec::new(),
+            ))
+            .await?;
+        row.map_or(Ok(0), |row| row.try_get_by_index(0))
     }
 }
 
@@ -269,21 +305,17 @@ fn domain(row: event::Model) -> Result<StateEvent, DbErr> {
         seq: seq.ok_or_else(|| corrupt("events", "seq"))?,
         team: TeamId(team_id),
         kind: EventKind::parse(&kind).ok_or_else(|| corrupt("events", "kind"))?,
-        outcome: outcome
-            .map(|word| EventOutcome::parse(&word).ok_or_else(|| corrupt("events", "outcome")))
-            .transpose()?,
+        outcome: outcome.and_then(|word| EventOutcome::parse(&word)),
         resource: resource_id,
         payload: serde_json::from_str(&payload).map_err(|_| corrupt("events", "payload"))?,
+        // Words of a newer version are left out, here as in the payload.
         actor: actor_type
-            .map(|word| {
-                let kind = ActorType::parse(&word).ok_or_else(|| corrupt("events", "actor_type"))?;
-                Ok::<_, DbErr>(EventActor {
-                    kind,
-                    id: actor_id,
-                    name: actor_name,
-                })
-            })
-            .transpose()?,
+            .and_then(|word| ActorType::parse(&word))
+            .map(|kind| EventActor {
+                kind,
+                id: actor_id,
+                name: actor_name,
+            }),
         at: created_at,
     })
 }

@@ -50,6 +50,31 @@ pub(crate) struct HostFacts<'a> {
     pub(crate) disk_available_mb: u64,
 }
 
+impl HostFacts<'_> {
+    /// Whether they say something new. What is free changes with every breath: where there is plenty, a difference of less
+    /// than a 64th of the whole decides nothing, and is noted with the next one that is due anyway. Where room is scarce,
+    /// each MiB may.
+    fn differ_from(&self, known: &Host) -> bool {
+        let differs = |one: u64, other: u64, whole: u64| {
+            let plenty = one.min(other) > whole / 4;
+            one.abs_diff(other) > if plenty { whole / 64 } else { 0 }
+        };
+        self.version != known.version
+            || self.cpu_cores.is_some_and(|cores| cores != known.cpu_cores)
+            || self.memory_mb.is_some_and(|memory| memory != known.memory_mb)
+            || differs(
+                self.memory_available_mb,
+                known.memory_available_mb,
+                known.memory_mb,
+            )
+            || differs(
+                self.disk_available_mb,
+                known.disk_available_mb,
+                known.disk_gb.saturating_mul(1024),
+            )
+    }
+}
+
 impl Store {
     /// Uses up a one-time token and stores what the agent told, all or nothing. `None`: no such token,
     /// or used, or too old.
@@ -260,9 +285,20 @@ impl Store {
         Ok(updated.rows_affected == 1)
     }
 
-    /// Notes a heartbeat. Returns whether the host was not online before.
-    pub(crate) async fn host_heartbeat(&self, host: &Host, facts: HostFacts<'_>) -> Result<bool, DbErr> {
-        let id = host.id;
+    /// Notes a heartbeat of a host as it was read a moment ago, if there is something to note: a fact that is another, or
+    /// that the last note is older than `fresh`. Returns whether the host was not online before.
+    pub(crate) async fn host_heartbeat(
+        &self,
+        known: &Host,
+        facts: HostFacts<'_>,
+        fresh: Millis,
+    ) -> Result<bool, DbErr> {
+        let id = known.id;
+        let away = matches!(known.status, HostStatus::Unreachable | HostStatus::Offline);
+        let heard = known.last_heartbeat_at.is_some_and(|at| now() - at < fresh);
+        if heard && !away && !facts.differ_from(known) {
+            return Ok(false);
+        }
         let HostFacts {
             version,
             cpu_cores,
@@ -287,6 +323,10 @@ impl Store {
             .filter(host::Column::Id.eq(id.0))
             .exec(&self.db)
             .await?;
+        // One that falls silent in this moment comes back with its next heartbeat.
+        if !away {
+            return Ok(false);
+        }
         let transaction = self.db.begin().await?;
         let back = host::Entity::update_many()
             .col_expr(host::Column::Status, HostStatus::Online.as_str().into())
@@ -297,7 +337,7 @@ impl Store {
             .exec(&transaction)
             .await?;
         if back.rows_affected > 0 {
-            record(&transaction, host_event(EventKind::HostUp, id, host.owner)).await?;
+            record(&transaction, host_event(EventKind::HostUp, id, known.owner)).await?;
         }
         transaction.commit().await?;
         Ok(back.rows_affected > 0)

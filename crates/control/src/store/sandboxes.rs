@@ -5,8 +5,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, ExprTrait};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, Condition, DbErr, EntityTrait, PaginatorTrait, QueryFilter, QueryOrder,
-    QuerySelect, TransactionTrait,
+    ActiveModelTrait, ColumnTrait, Condition, ConnectionTrait as _, DbErr, EntityTrait, PaginatorTrait,
+    QueryFilter, QueryOrder, QuerySelect, TransactionTrait,
 };
 use uuid::Uuid;
 
@@ -276,12 +276,16 @@ impl Store {
             .collect()
     }
 
-    /// How many sandboxes are in each status, for the metrics.
-    pub(crate) async fn sandbox_counts(&self) -> Result<BTreeMap<String, i64>, DbErr> {
+    /// How many sandboxes are in each of these statuses; an index alone tells. Statuses without any are left out.
+    pub(crate) async fn sandbox_counts(
+        &self,
+        statuses: &[SandboxStatus],
+    ) -> Result<BTreeMap<String, i64>, DbErr> {
         let rows: Vec<(String, i64)> = Entity::find()
             .select_only()
             .column(Column::Status)
-            .column_as(Column::Id.count(), "count")
+            .column_as(Expr::cust("COUNT(*)"), "count")
+            .filter(Column::Status.is_in(words(statuses)))
             .group_by(Column::Status)
             .into_tuple()
             .all(&self.db)
@@ -289,11 +293,32 @@ impl Store {
         Ok(rows.into_iter().collect())
     }
 
+    /// Removes the records of sandboxes that ended before a time; returns how many. What they used stays counted.
+    pub(crate) async fn sandboxes_prune(&self, before: Millis) -> Result<u64, DbErr> {
+        let mut pruned = 0;
+        loop {
+            let page = self
+                .db
+                .execute_raw(self.raw(
+                    "DELETE FROM sandboxes WHERE status = 'stopped' AND id IN (SELECT id FROM sandboxes \
+                     WHERE status = 'stopped' AND status_at < $1 ORDER BY status_at LIMIT $2)",
+                    vec![before.into(), big(PRUNED_AT_ONCE).into()],
+                ))
+                .await?
+                .rows_affected();
+            pruned += page;
+            if page < PRUNED_AT_ONCE {
+                return Ok(pruned);
+            }
+        }
+    }
+
     /// How many sandboxes that are not stopped came from a template.
     pub(crate) async fn sandboxes_from_template(&self, template: TemplateId) -> Result<u64, DbErr> {
         Entity::find()
             .filter(Column::TemplateId.eq(template.0))
-            .filter(Column::Status.ne(SandboxStatus::Stopped.as_str()))
+            // In the index's words, not as a parameter.
+            .filter(Expr::cust("status <> 'stopped'"))
             .count(&self.db)
             .await
     }
@@ -488,6 +513,9 @@ fn actor_words(actor: Option<Actor>) -> (Option<String>, Option<String>) {
     let AuditActor { kind, id } = actor.into();
     (Some(kind.as_str().to_owned()), id)
 }
+
+/// Records that one statement removes.
+const PRUNED_AT_ONCE: u64 = 500;
 
 fn words(statuses: &[SandboxStatus]) -> Vec<&'static str> {
     statuses.iter().map(|status| status.as_str()).collect()

@@ -19,7 +19,8 @@ body! {
         /// Who caused it; absent in the first message.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub actor: Option<EventActor>,
-        /// More about it: `from` and `to` (a sandbox's statuses), `name` (a snapshot's).
+        /// More about it: `from` and `to` (a sandbox's statuses), `name` (a snapshot's), `missed` (in the first message:
+        /// what came after the last id that was seen is no longer kept).
         #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
         pub metadata: BTreeMap<String, String>,
         /// Why it failed.

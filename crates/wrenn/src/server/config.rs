@@ -177,6 +177,16 @@ pub(crate) struct ControlArgs {
         help_heading = "Server"
     )]
     pub(crate) disk_reserve_mb: u64,
+    /// Days for which the records of sandboxes that ended are kept
+    #[arg(
+        long,
+        env = "WRENN_STOPPED_RETENTION_DAYS",
+        value_name = "DAYS",
+        default_value_t = 30,
+        value_parser = clap::value_parser!(u32).range(1..=36_500),
+        help_heading = "Server"
+    )]
+    pub(crate) stopped_retention_days: u32,
     #[command(flatten)]
     pub(crate) accounts: super::accounts::AccountArgs,
 }
@@ -194,6 +204,7 @@ impl ControlArgs {
             public_url,
             vcpu_overcommit,
             disk_reserve_mb,
+            stopped_retention_days,
             accounts,
         } = self;
         let mut config = ControlConfig::new(data_dir);
@@ -218,6 +229,8 @@ impl ControlArgs {
             vcpu_overcommit: *vcpu_overcommit,
             disk_reserve_mb: *disk_reserve_mb,
         };
+        config.around.stopped_keep =
+            std::time::Duration::from_secs(u64::from(*stopped_retention_days) * 24 * 3600);
         accounts.apply(&mut config);
         Ok(config)
     }

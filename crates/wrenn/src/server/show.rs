@@ -51,6 +51,10 @@ pub(super) fn config(args: &UpArgs, json: bool) -> ExitCode {
         ),
         ("WRENN_VCPU_OVERCOMMIT", args.control.vcpu_overcommit.to_string()),
         ("WRENN_DISK_RESERVE_MB", args.control.disk_reserve_mb.to_string()),
+        (
+            "WRENN_STOPPED_RETENTION_DAYS",
+            args.control.stopped_retention_days.to_string(),
+        ),
         ("WRENN_AGENT_LISTEN", args.host.agent_listen.to_string()),
         (
             "WRENN_AGENT_URL",

@@ -18,6 +18,7 @@ mod m0009_snapshot_index;
 mod m0010_event_actors;
 mod m0011_host_management;
 mod m0012_sandbox_metrics;
+mod m0014_sandbox_indexes;
 mod of_extension;
 
 use sea_orm_migration::prelude::*;
@@ -42,6 +43,7 @@ impl MigratorTrait for Migrator {
             Box::new(m0010_event_actors::EventActors),
             Box::new(m0011_host_management::HostManagement),
             Box::new(m0012_sandbox_metrics::SandboxMetrics),
+            Box::new(m0014_sandbox_indexes::SandboxIndexes),
         ]
     }
 }
