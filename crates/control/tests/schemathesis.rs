@@ -99,7 +99,9 @@ async fn a_platform_admin_finds_no_fault(world: World) {
             &key,
             "--header",
             &bearer,
-            // These end the session that the rest needs.
+            // These end the session, or take away the host, that the rest needs.
+            "--exclude-operation-id",
+            "delete_host",
             "--exclude-operation-id",
             "delete_account",
             "--exclude-operation-id",

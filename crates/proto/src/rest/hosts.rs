@@ -38,7 +38,6 @@ body! {
     pub struct CreateHost {
         /// Whose sandboxes it will take.
         #[serde(rename = "type")]
-        #[cfg_attr(feature = "openapi", schema(inline))]
         pub kind: HostType,
         /// The team of a `byoc` host; the session's when absent.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -57,7 +56,6 @@ body! {
         pub id: String,
         /// Whose sandboxes it takes.
         #[serde(rename = "type")]
-        #[cfg_attr(feature = "openapi", schema(inline))]
         pub kind: HostType,
         /// The team of a `byoc` host.
         #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -69,7 +67,6 @@ body! {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         pub availability_zone: Option<String>,
         /// Whether it can be given work.
-        #[cfg_attr(feature = "openapi", schema(inline))]
         pub status: HostStatus,
         /// For example `x86_64`; empty until it registers, like what follows.
         pub arch: String,
