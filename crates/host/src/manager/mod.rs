@@ -369,10 +369,7 @@ impl Manager {
                 wanted: "starting",
             });
         }
-        Ok(match self.shared.sandboxes().get(&id) {
-            Some(entry) => Some(entry.view()),
-            None => None,
-        })
+        Ok(self.shared.sandboxes().get(&id).map(Entry::view))
     }
 
     /// Creates a sandbox that is not there; `None` when another call has begun it meanwhile.
