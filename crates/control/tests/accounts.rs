@@ -1445,6 +1445,45 @@ async fn of_the_last_two_ways_to_log_in_one_stays() {
     place.running.stop().await;
 }
 
+// ---- pages
+
+#[tokio::test]
+async fn links_and_logins_lead_to_pages_that_run_nothing_foreign() {
+    let (with, _) = Place::with_github(None).await;
+    let without = Place::new().await;
+    for (place, providers) in [(&with, "github"), (&without, "")] {
+        for path in ["/login", "/signup", "/activate", "/reset-password", "/settings"] {
+            let page = place.request("GET", path, None).send().await.expect("an answer");
+            assert_eq!(page.status(), 200, "{path}");
+            let header = |name: &str| page.headers()[name].to_str().expect("text").to_owned();
+            assert!(header("content-type").starts_with("text/html"), "{path}");
+            assert_eq!(header("referrer-policy"), "no-referrer");
+            let policy = header("content-security-policy");
+            for part in [
+                "default-src 'none'",
+                "script-src 'sha256-",
+                "frame-ancestors 'none'",
+                "form-action 'none'",
+            ] {
+                assert!(policy.contains(part), "{policy}");
+            }
+            assert!(!policy.contains("unsafe"), "{policy}");
+            let html = page.text().await.expect("a page");
+            assert!(
+                html.contains(&format!("data-providers=\"{providers}\"")),
+                "{path}"
+            );
+            // What the policy allows is what the page has.
+            let script = html.split("<script>").nth(1).expect("a script");
+            let script = script.split("</script>").next().expect("its end");
+            let hash = base64::engine::general_purpose::STANDARD.encode(sha2::Sha256::digest(script));
+            assert!(policy.contains(&format!("'sha256-{hash}'")), "{path}: {policy}");
+        }
+    }
+    with.running.stop().await;
+    without.running.stop().await;
+}
+
 // ---- what the audit log knows of it
 
 /// Who acted, on what, with what outcome.

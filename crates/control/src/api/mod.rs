@@ -16,6 +16,7 @@ mod hosts;
 mod idempotency;
 mod meta;
 mod openapi;
+mod pages;
 mod processes;
 mod sandboxes;
 mod snapshots;
@@ -100,6 +101,7 @@ pub(crate) fn router(services: Services, extensions: &Extensions) -> Router {
         .merge(documented)
         .nest(openapi::CAPSULES, capsules)
         .merge(meta::undocumented(document))
+        .merge(pages::routes())
         .fallback(unknown_route)
         .method_not_allowed_fallback(wrong_method)
         // Bodies are limited where they are read: JSON by the extractor, uploads by the service.

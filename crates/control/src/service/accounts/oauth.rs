@@ -201,6 +201,12 @@ impl Services {
         }
     }
 
+    /// The ways to log in elsewhere, as routes name them.
+    pub(crate) fn provider_names(&self) -> Vec<&str> {
+        let providers = self.accounts.providers.iter();
+        providers.map(|provider| provider.name()).collect()
+    }
+
     /// Where the dashboard takes over after a login in the browser.
     pub(crate) fn dashboard_url(&self, page: &str) -> String {
         format!("{}/{page}", self.public_url())
