@@ -99,8 +99,16 @@ impl Services {
             status_at: now,
             actor: Some(principal.actor),
         };
-        if !self.store.sandbox_insert(&sandbox).await? {
-            return Err(super::teams::team_gone());
+        match self.store.sandbox_insert(&sandbox).await {
+            Ok(true) => {}
+            Ok(false) => return Err(super::teams::team_gone()),
+            Err(error) if crate::store::is_missing_reference(&error) => {
+                return Err(Error::new(
+                    ErrorCode::NoCapacity,
+                    "the host that was chosen has just been removed; try again",
+                ));
+            }
+            Err(error) => return Err(error.into()),
         }
         self.bus.publish(Event::Sandbox(sandbox.id));
         self.drive(sandbox.id);

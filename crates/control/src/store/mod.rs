@@ -230,6 +230,11 @@ fn keep_private(path: &Path, make: bool) -> std::io::Result<()> {
     }
 }
 
+/// Whether a write failed because what it refers to is gone.
+pub(crate) fn is_missing_reference(error: &DbErr) -> bool {
+    matches!(error.sql_err(), Some(SqlErr::ForeignKeyConstraintViolation(_)))
+}
+
 /// Whether a write failed because a unique value is taken.
 pub(crate) fn is_duplicate(error: &DbErr) -> bool {
     matches!(error.sql_err(), Some(SqlErr::UniqueConstraintViolation(_)))
