@@ -1,23 +1,28 @@
 //! Extensions: what a program of one's own adds to a control plane without changing it.
 //!
 //! An extension brings routes, middleware around all routes, background workers, and tables with migrations of their
-//! own. All of them get [`Services`], which the built-in API itself stands on: they authenticate with the same
+//! own, and hears what happens ([`Extension::on_event`]). All of them get [`Services`], which the built-in API itself
+//! stands on: they authenticate with the same
 //! extractors, act through the same business logic, and appear in the same OpenAPI document. The types of the methods
 //! are in [`services`](crate::services); the libraries whose types are in the trait are re-exported at the crate's root.
 //! `examples/billing` is one, and is tested with everything else.
 
 use std::collections::HashSet;
 use std::future::Future;
+use std::panic::AssertUnwindSafe;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures::FutureExt as _;
 use sea_orm_migration::MigrationTrait;
 use utoipa_axum::router::OpenApiRouter;
 
 pub use crate::api::{
     ApiError, ApiResult, Body, Caller, ClientAddress, Params, PlatformAdmin, Segments, Signed,
 };
+use crate::domain::event::{EventOutcome, StateEvent};
+use crate::domain::{Millis, SandboxStatus, TeamId};
 use crate::service::Services;
 use crate::tasks::TaskKind;
 use crate::{Error, Result};
@@ -52,9 +57,64 @@ pub trait Extension: Send + Sync + 'static {
         router
     }
 
+    /// Hears of every state change of the installation, on whichever control plane takes the event in. The same event
+    /// may come again (after a failure, a crash, or an outage of Redis), by its [`Event::seq`], and rarely out of order:
+    /// handling it must be harmless when repeated. A failure, a panic, or [`EVENT_TIME`] without an answer brings the
+    /// event back later, up to twenty times; what the platform itself does with an event is done before, and waits for
+    /// no extension.
+    fn on_event<'a>(&'a self, services: &'a Services, event: &'a Event) -> EventFuture<'a> {
+        let _ = (services, event);
+        Box::pin(std::future::ready(Ok(())))
+    }
+
     /// Its background work.
     fn workers(&self) -> Vec<Worker> {
         Vec::new()
+    }
+}
+
+/// What handling an event is.
+pub type EventFuture<'a> = Pin<Box<dyn Future<Output = Result<()>> + Send + 'a>>;
+
+/// How long an extension may take over one event; others wait behind it.
+pub const EVENT_TIME: Duration = Duration::from_secs(10);
+
+/// Something that happened, in the words of `GET /v1/events/stream`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Event {
+    /// The place in the order of events: rises, and is never given twice in an installation.
+    pub seq: i64,
+    /// Whose it is; the platform team's for hosts.
+    pub team: TeamId,
+    /// `capsule.create`, `capsule.pause`, `host.up`, …
+    pub kind: &'static str,
+    /// How an action ended: `success` or `error`; absent for what is no action.
+    pub outcome: Option<&'static str>,
+    /// `sandbox`, `snapshot` or `host`.
+    pub resource_type: &'static str,
+    /// Its id.
+    pub resource_id: String,
+    /// A sandbox's status before.
+    pub from: Option<SandboxStatus>,
+    /// A sandbox's status from then on.
+    pub to: Option<SandboxStatus>,
+    /// When it happened.
+    pub at: Millis,
+}
+
+impl From<&StateEvent> for Event {
+    fn from(event: &StateEvent) -> Self {
+        Self {
+            seq: event.seq,
+            team: event.team,
+            kind: event.kind.as_str(),
+            outcome: event.outcome.map(EventOutcome::as_str),
+            resource_type: event.kind.resource_type(),
+            resource_id: event.resource.clone(),
+            from: event.payload.from,
+            to: event.payload.to,
+            at: event.at,
+        }
     }
 }
 
@@ -123,6 +183,33 @@ impl Extensions {
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = &dyn Extension> {
         self.0.iter().map(|extension| &**extension)
+    }
+
+    /// Tells all of them of an event; the first failure is the answer.
+    pub(crate) async fn tell(&self, services: &Services, event: &StateEvent) -> Result<()> {
+        if self.0.is_empty() {
+            return Ok(());
+        }
+        let event = Event::from(event);
+        let mut told = Ok(());
+        for extension in self.iter() {
+            let handled = AssertUnwindSafe(extension.on_event(services, &event)).catch_unwind();
+            let handled = match tokio::time::timeout(EVENT_TIME, handled).await {
+                Ok(Ok(handled)) => handled,
+                Ok(Err(_)) => Err(Error::internal("it panicked")),
+                Err(_) => Err(Error::internal("it took too long")),
+            };
+            if let Err(error) = handled {
+                tracing::warn!(
+                    extension = extension.name(),
+                    seq = event.seq,
+                    error = &error as &dyn std::error::Error,
+                    "an extension did not take an event in"
+                );
+                told = told.and(Err(error));
+            }
+        }
+        told
     }
 
     /// Names become parts of table names, so they are looked at before anything is done under them.

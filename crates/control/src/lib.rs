@@ -69,7 +69,7 @@ impl ControlPlaneBuilder {
         let Self { config, extensions } = self;
         extensions.check()?;
         let store = open_store(&config, &extensions).await?;
-        let services = Services::new(config, store)?;
+        let services = Services::new(config, store, extensions.clone())?;
         Ok(ControlPlane { services, extensions })
     }
 }

@@ -6,7 +6,12 @@
 //!
 //! - a [`Principal`] touches a team's things: sandboxes, templates, processes, files;
 //! - a [`Session`] is a person with a role, who manages members, keys and channels;
-//! - methods that take a [`TeamId`](crate::domain::TeamId) alone, and passes, ask nobody: they are for background work.
+//! - methods that take a [`TeamId`](crate::domain::TeamId) alone, and passes, ask nobody: they are for background work;
+//! - those of operators (`create_team`, `create_user`, `set_password`, `issue_host_token`, …) ask nobody either, and are
+//!   in the audit log as the command line's.
+//!
+//! What happens is heard through [`Extension::on_event`](crate::extension::Extension::on_event); what an extension does
+//! by itself it writes into the log with `Services::audit`.
 //!
 //! Failures are [`Error`](crate::Error)s with the stable codes of the API; those of the database say
 //! `database_unavailable` or `internal_error`, and leave the cause to the log.
@@ -24,6 +29,7 @@ pub use crate::domain::{
 };
 pub use crate::service::Services;
 pub use crate::service::audit::ListAudit;
+pub use crate::service::bootstrap::HostToken;
 pub use crate::service::channels::ShownChannel;
 pub use crate::service::files::{FileStream, FileTarget};
 pub use crate::service::host_management::NewHostToken;

@@ -753,3 +753,36 @@ async fn an_agents_token_is_sealed_in_the_database_and_older_rows_are_read() {
     world.sandbox().await;
     db.close().await.expect("closed");
 }
+
+#[tokio::test]
+async fn a_host_that_is_slow_to_answer_holds_up_no_other() {
+    let world = World::new().await;
+    let mut hosts = vec![];
+    for _ in 0..2 {
+        let token = world
+            .running
+            .control
+            .issue_host_token(None)
+            .await
+            .expect("a token");
+        let mut host = wrenn_testkit::simhost::SimHost::start(&world.running.url).await;
+        host.register(&token.token).await;
+        hosts.push(host);
+    }
+    for host in &hosts {
+        host.hold(Call::List);
+    }
+    world.host.hold(Call::List);
+    let control = world.running.control.clone();
+    let pass = tokio::spawn(async move { control.reconcile().await });
+    // All are asked before any has answered.
+    for host in hosts.iter().chain([&world.host]) {
+        host.wait_arrived(Call::List, 1).await;
+        assert!(!pass.is_finished());
+    }
+    for host in hosts.iter().chain([&world.host]) {
+        host.release(Call::List);
+    }
+    let pass = pass.await.expect("no panic").expect("a pass");
+    assert_eq!(pass.hosts_unanswered, 0);
+}

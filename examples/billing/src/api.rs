@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 use wrenn_control::axum::extract::State;
 use wrenn_control::axum::{self, Json};
-use wrenn_control::domain::{Role, TeamId, now};
+use wrenn_control::domain::{Millis, Role, TeamId, now};
 use wrenn_control::extension::{ApiResult, Body, Caller, Params, PlatformAdmin, Segments, Signed};
 use wrenn_control::jiff::civil::Date;
 use wrenn_control::services::Services;
@@ -16,6 +16,9 @@ use wrenn_control::{Error, ErrorCode, Result};
 use crate::close::{day_of, number};
 use crate::price::{CURRENCY, Plan};
 use crate::table::{self, Agreement};
+
+/// Milliseconds of a day.
+const DAY: Millis = 24 * 3_600_000;
 
 pub(crate) fn routes() -> OpenApiRouter<Services> {
     OpenApiRouter::new()
@@ -56,6 +59,8 @@ struct Invoice {
     suspended: bool,
     /// The currency of the amounts.
     currency: &'static str,
+    /// Sandboxes that came to run in the month.
+    sandboxes_started: u64,
     /// One for every day with use, oldest first.
     lines: Vec<Line>,
     /// The sum of the lines, in millionths of the currency's unit.
@@ -118,12 +123,15 @@ async fn invoice(
             })
         })
         .collect();
+    let [from, until] = [number(first), number(last) + 1].map(|day| day * DAY);
+    let sandboxes_started = table::starts(db, caller.team, from, until).await?;
     Ok(Json(Invoice {
         team_id: caller.team.to_string(),
         month: month.month,
         plan,
         suspended,
         currency: CURRENCY,
+        sandboxes_started,
         total_micros: lines
             .iter()
             .fold(0, |sum: i64, line| sum.saturating_add(line.total_micros)),

@@ -1,7 +1,7 @@
 //! Billing as an extension of a Wrenn control plane.
 //!
-//! It brings everything that an extension can bring: [routes](api), [middleware](gate), a [worker](close) and
-//! [tables](migration), all on the services that the built-in API stands on. Copy it to begin your own.
+//! It brings everything that an extension can bring: [routes](api), [middleware](gate), a [worker](close),
+//! [tables](migration), and an ear for [what happens](Billing), all on the services that the built-in API stands on. Copy it to begin your own.
 #![forbid(unsafe_code)]
 
 pub mod api;
@@ -15,7 +15,7 @@ use std::time::Duration;
 
 use wrenn_control::axum::{self, Router};
 use wrenn_control::domain;
-use wrenn_control::extension::{Extension, Worker};
+use wrenn_control::extension::{Event, EventFuture, Extension, Worker};
 use wrenn_control::sea_orm_migration::MigrationTrait;
 use wrenn_control::services::Services;
 use wrenn_control::utoipa_axum::router::OpenApiRouter;
@@ -45,6 +45,15 @@ impl Extension for Billing {
             services.clone(),
             gate::refuse_suspended,
         ))
+    }
+
+    fn on_event<'a>(&'a self, services: &'a Services, event: &'a Event) -> EventFuture<'a> {
+        Box::pin(async move {
+            if (event.kind, event.outcome) == ("capsule.create", Some("success")) {
+                table::started(services.database(), event.seq, event.team, event.at).await?;
+            }
+            Ok(())
+        })
     }
 
     fn workers(&self) -> Vec<Worker> {

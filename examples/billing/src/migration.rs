@@ -6,7 +6,7 @@ use wrenn_control::sea_orm_migration::schema::{big_integer, boolean, string, uui
 /// All migrations, oldest first.
 #[must_use]
 pub fn all() -> Vec<Box<dyn MigrationTrait>> {
-    vec![Box::new(Plans), Box::new(Charges)]
+    vec![Box::new(Plans), Box::new(Charges), Box::new(Starts)]
 }
 
 /// A reference to a team, which takes the row along when the team goes for good.
@@ -85,5 +85,41 @@ impl MigrationTrait for Charges {
             manager.drop_table(Table::drop().table(table).to_owned()).await?;
         }
         Ok(())
+    }
+}
+
+struct Starts;
+
+impl MigrationName for Starts {
+    fn name(&self) -> &'static str {
+        "m0003_starts"
+    }
+}
+
+#[async_trait::async_trait]
+impl MigrationTrait for Starts {
+    async fn up(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        let starts = Table::create()
+            .table("billing_starts")
+            // The event's place in the order: told again, it is the same row.
+            .col(big_integer("seq").primary_key())
+            .col(uuid("team_id"))
+            .col(big_integer("at"))
+            .foreign_key(&mut of_team("billing_starts"))
+            .to_owned();
+        manager.create_table(starts).await?;
+        let index = Index::create()
+            .name("idx_billing_starts_team")
+            .table("billing_starts")
+            .col("team_id")
+            .col("at")
+            .to_owned();
+        manager.create_index(index).await
+    }
+
+    async fn down(&self, manager: &SchemaManager) -> Result<(), DbErr> {
+        manager
+            .drop_table(Table::drop().table("billing_starts").to_owned())
+            .await
     }
 }

@@ -6,8 +6,8 @@ use wrenn_control::domain::{Millis, TeamId, now};
 use wrenn_control::sea_orm::ActiveValue::Set;
 use wrenn_control::sea_orm::sea_query::OnConflict;
 use wrenn_control::sea_orm::{
-    ColumnTrait as _, DatabaseConnection, DbErr, EntityTrait as _, QueryFilter as _, QueryOrder as _,
-    QuerySelect as _, SqlErr,
+    ColumnTrait as _, DatabaseConnection, DbErr, EntityTrait as _, PaginatorTrait as _, QueryFilter as _,
+    QueryOrder as _, QuerySelect as _, SqlErr,
 };
 use wrenn_control::services::DayUse;
 use wrenn_control::{Error, Result};
@@ -68,6 +68,25 @@ mod days {
         #[sea_orm(primary_key, auto_increment = false)]
         pub day: i64,
         pub closed_at: i64,
+    }
+
+    #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
+    pub enum Relation {}
+
+    impl ActiveModelBehavior for ActiveModel {}
+}
+
+mod starts {
+    use wrenn_control::sea_orm;
+    use wrenn_control::sea_orm::entity::prelude::*;
+
+    #[derive(Clone, Debug, PartialEq, Eq, DeriveEntityModel)]
+    #[sea_orm(table_name = "billing_starts")]
+    pub struct Model {
+        #[sea_orm(primary_key, auto_increment = false)]
+        pub seq: i64,
+        pub team_id: Uuid,
+        pub at: i64,
     }
 
     #[derive(Copy, Clone, Debug, EnumIter, DeriveRelation)]
@@ -247,4 +266,37 @@ pub(crate) async fn closed(db: &DatabaseConnection, day: i64, at: Millis) -> Res
         .exec_without_returning(db)
         .await?;
     Ok(())
+}
+
+/// Notes that a sandbox of a team came to run, once for every event. A team that is gone for good needs no note.
+pub(crate) async fn started(db: &DatabaseConnection, seq: i64, team: TeamId, at: Millis) -> Result<()> {
+    let row = starts::ActiveModel {
+        seq: Set(seq),
+        team_id: Set(team.0),
+        at: Set(at),
+    };
+    let conflict = OnConflict::column(starts::Column::Seq).do_nothing().to_owned();
+    match starts::Entity::insert(row)
+        .on_conflict(conflict)
+        .exec_without_returning(db)
+        .await
+    {
+        Err(error) if refers_to_nothing(&error) => Ok(()),
+        stored => Ok(stored.map(drop)?),
+    }
+}
+
+/// How many sandboxes of a team came to run from one moment until before another.
+pub(crate) async fn starts(
+    db: &DatabaseConnection,
+    team: TeamId,
+    from: Millis,
+    until: Millis,
+) -> Result<u64> {
+    Ok(starts::Entity::find()
+        .filter(starts::Column::TeamId.eq(team.0))
+        .filter(starts::Column::At.gte(from))
+        .filter(starts::Column::At.lt(until))
+        .count(db)
+        .await?)
 }

@@ -184,7 +184,7 @@ async fn everything_works(postgres: Option<&Postgres>) {
 
     // The migrations have a record of their own.
     let own = world.names("extension_billing_migrations").await;
-    assert_eq!(own, ["m0001_plans", "m0002_charges"]);
+    assert_eq!(own, ["m0001_plans", "m0002_charges", "m0003_starts"]);
     let core = world.names("seaql_migrations").await;
     assert!(core.iter().any(|name| name == "m0001_initial"), "{core:?}");
     assert!(own.iter().all(|name| !core.contains(name)), "{core:?}");
@@ -446,6 +446,36 @@ async fn everything_works(postgres: Option<&Postgres>) {
         .await;
     assert_eq!(status, 200);
 
+    // The start is counted from its event, once however often that is told; the resume is none.
+    let path = format!("/v1/billing/invoice?month={}", month(domain::now()));
+    let deadline = tokio::time::Instant::now() + DEADLINE;
+    loop {
+        world.control.relay().await.expect("a pass");
+        let (_, invoice) = world.key("GET", &path, None).await;
+        if invoice["sandboxes_started"] == 1 {
+            break;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "{invoice}");
+        tokio::task::yield_now().await;
+    }
+    let event = wrenn_control::extension::Event {
+        seq: world.rows("SELECT seq FROM billing_starts ORDER BY seq").await[0],
+        team: team.parse().expect("a team"),
+        kind: "capsule.create",
+        outcome: Some("success"),
+        resource_type: "sandbox",
+        resource_id: id.to_owned(),
+        from: None,
+        to: None,
+        at: domain::now(),
+    };
+    Billing
+        .on_event(world.control.services(), &event)
+        .await
+        .expect("taken in");
+    let (_, invoice) = world.key("GET", &path, None).await;
+    assert_eq!(invoice["sandboxes_started"], 1, "{invoice}");
+
     world.end().await;
 }
 
@@ -476,7 +506,7 @@ async fn starts_at_once_migrate_once_and_a_start_without_the_extension_goes_on()
             .await
             .expect("a row")
             .expect("a row");
-        assert_eq!(row.try_get_by_index::<i64>(0).expect("a count"), 2);
+        assert_eq!(row.try_get_by_index::<i64>(0).expect("a count"), 3);
         control.stop().await;
     }
     // The record apart is none of the control plane's business: neither a start without the extension nor `migrate`

@@ -37,7 +37,7 @@ impl Services {
     }
 
     /// Lets a team bring hosts of its own, or not.
-    pub(crate) async fn set_byoc(&self, admin: &Session, id: &str, byoc: bool) -> Result<()> {
+    pub async fn set_byoc(&self, admin: &Session, id: &str, byoc: bool) -> Result<()> {
         let missing = || Error::not_found("team", id);
         let team: TeamId = id.parse().map_err(|_| missing())?;
         if !self.store.team_set_byoc(team, byoc).await? {
@@ -60,7 +60,7 @@ impl Services {
 
     /// Lets a user log in, or ends their sessions and keeps them out. Keys of teams that have no other owner in use stop
     /// working with it, and work again when an owner is back; what runs in such a team runs on.
-    pub(crate) async fn set_active(&self, admin: &Session, id: &str, active: bool) -> Result<()> {
+    pub async fn set_active(&self, admin: &Session, id: &str, active: bool) -> Result<()> {
         let missing = || Error::not_found("user", id);
         let user: UserId = id.parse().map_err(|_| missing())?;
         match self.store.user_set_active(user, active).await? {
@@ -89,7 +89,7 @@ impl Services {
     }
 
     /// Removes any team's template, by id or by name: the platform's, or the only one of that name.
-    pub(crate) async fn admin_delete_template(&self, admin: &Session, name: &str) -> Result<()> {
+    pub async fn admin_delete_template(&self, admin: &Session, name: &str) -> Result<()> {
         let missing = || Error::not_found("template", name);
         if name.len() > 300 || name.contains('\0') {
             return Err(missing());

@@ -105,7 +105,7 @@ impl Services {
     }
 
     /// Creates a team with a key of its own.
-    pub(crate) async fn create_team(&self, name: &str) -> Result<(TeamId, String)> {
+    pub async fn create_team(&self, name: &str) -> Result<(TeamId, String)> {
         let key = auth::new_api_key()?;
         let hash = auth::hash(&key);
         let first_key = first_key(&key, &hash);
@@ -116,7 +116,7 @@ impl Services {
 
     /// A registration token, as an operator asks for one: for a new host of the platform, or for one that exists and
     /// lost its tokens.
-    pub(crate) async fn issue_host_token(&self, host: Option<HostId>) -> Result<HostToken> {
+    pub async fn issue_host_token(&self, host: Option<HostId>) -> Result<HostToken> {
         let whose = host.map_or(
             HostTokenFor::New {
                 owner: HostOwner::Platform,

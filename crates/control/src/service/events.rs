@@ -57,6 +57,7 @@ impl Services {
         if let Some(told) = event.notification() {
             self.channels_on_event(&told).await?;
         }
+        self.extensions.tell(self, event).await?;
         metrics::counter!("wrenn_events_consumed_total", "kind" => event.kind.as_str()).increment(1);
         Ok(())
     }

@@ -38,6 +38,7 @@ use crate::config::ControlConfig;
 use crate::domain::{HostId, Principal, Sandbox, SandboxId, SandboxStatus};
 use crate::events::redis::Link;
 use crate::events::{Bus, Event};
+use crate::extension::Extensions;
 use crate::hosts::{Client, Pool, Scheduler};
 use crate::store::Store;
 use crate::tasks::Tasks;
@@ -53,6 +54,8 @@ pub struct Services {
 pub struct Inner {
     pub(crate) config: ControlConfig,
     pub(crate) store: Store,
+    /// Who else hears of events.
+    pub(crate) extensions: Extensions,
     /// Seals what is stored and has to be read again.
     pub(crate) secret: MasterSecret,
     pub(crate) sessions: Sessions,
@@ -90,7 +93,7 @@ impl std::ops::Deref for Services {
 }
 
 impl Services {
-    pub(crate) fn new(config: ControlConfig, store: Store) -> Result<Self> {
+    pub(crate) fn new(config: ControlConfig, store: Store, extensions: Extensions) -> Result<Self> {
         let secret = match &config.secret {
             Some(secret) => secret.clone(),
             None => crate::config::kept_secret(&config.data_dir)?,
@@ -111,6 +114,7 @@ impl Services {
                 sessions: Sessions::new(&secret),
                 config,
                 store,
+                extensions,
                 bus,
                 tasks,
                 link,

@@ -8,6 +8,7 @@
 
 use std::collections::{HashMap, HashSet};
 
+use futures::StreamExt as _;
 use wrenn_proto::hostagent;
 
 use super::Services;
@@ -21,6 +22,9 @@ use crate::events::Event;
 use crate::hosts::rpc;
 use crate::store::{Change, Outcome};
 use crate::tasks::TaskKind;
+
+/// Hosts that a pass asks at the same time: one that does not answer holds up few others, and many hosts make no burst.
+const AT_ONCE: usize = 16;
 
 /// What one pass did, for operators and tests.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -37,6 +41,25 @@ pub struct MonitorPass {
     pub operations_resumed: usize,
     /// Hosts that did not answer.
     pub hosts_unanswered: usize,
+}
+
+impl MonitorPass {
+    fn add(&mut self, part: Self) {
+        let Self {
+            hosts_lost,
+            sandboxes_missing,
+            sandboxes_corrected,
+            orphans_destroyed,
+            operations_resumed,
+            hosts_unanswered,
+        } = part;
+        self.hosts_lost += hosts_lost;
+        self.sandboxes_missing += sandboxes_missing;
+        self.sandboxes_corrected += sandboxes_corrected;
+        self.orphans_destroyed += orphans_destroyed;
+        self.operations_resumed += operations_resumed;
+        self.hosts_unanswered += hosts_unanswered;
+    }
 }
 
 impl Services {
@@ -86,15 +109,15 @@ impl Services {
                 pass.sandboxes_missing += 1;
             }
         }
-        for status in [HostStatus::Online, HostStatus::Draining] {
-            for host in self.store.hosts_in(status).await? {
-                // One host's trouble is not the others'.
-                if let Err(error) = self.reconcile_host(&host, &mut pass).await {
-                    metrics::counter!("wrenn_monitor_failures_total").increment(1);
-                    tracing::error!(host = %host.id, error = &error as &dyn std::error::Error, "a host was not compared");
-                }
-            }
+        let mut hosts = self.store.hosts_in(HostStatus::Online).await?;
+        hosts.extend(self.store.hosts_in(HostStatus::Draining).await?);
+        let mut compared = futures::stream::iter(hosts)
+            .map(|host| self.compare_host(host))
+            .buffer_unordered(AT_ONCE);
+        while let Some(part) = compared.next().await {
+            pass.add(part);
         }
+        drop(compared);
         for sandbox in self
             .store
             .sandboxes_in_transit(now() - millis(self.config.timings.transient_age))
@@ -113,15 +136,27 @@ impl Services {
             ));
         }
         self.accounts_pass().await?;
-        for (id, team) in self.store.templates_deleting().await? {
-            if let Err(error) = self.remove_template_files(id, team, None).await {
-                tracing::debug!(template = %id, %error, "a template's files stay for now");
-            }
-        }
+        futures::stream::iter(self.store.templates_deleting().await?)
+            .for_each_concurrent(AT_ONCE, |(id, team)| async move {
+                if let Err(error) = self.remove_template_files(id, team, None).await {
+                    tracing::debug!(template = %id, %error, "a template's files stay for now");
+                }
+            })
+            .await;
         metrics::counter!("wrenn_monitor_passes_total").increment(1);
         metrics::counter!("wrenn_orphans_destroyed_total").increment(pass.orphans_destroyed as u64);
         metrics::counter!("wrenn_sandboxes_corrected_total").increment(pass.sandboxes_corrected as u64);
         Ok(pass)
+    }
+
+    /// Compares one host; its trouble is not the others'.
+    async fn compare_host(&self, host: Host) -> MonitorPass {
+        let mut pass = MonitorPass::default();
+        if let Err(error) = self.reconcile_host(&host, &mut pass).await {
+            metrics::counter!("wrenn_monitor_failures_total").increment(1);
+            tracing::error!(host = %host.id, error = &error as &dyn std::error::Error, "a host was not compared");
+        }
+        pass
     }
 
     /// Makes the records follow what a host has.

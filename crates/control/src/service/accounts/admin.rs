@@ -11,7 +11,7 @@ use crate::{Error, Result};
 
 impl Services {
     /// Makes an account that exists a platform admin; `None` when there is none.
-    pub(crate) async fn grant_platform_admin(&self, email: &str) -> Result<Option<UserId>> {
+    pub async fn grant_platform_admin(&self, email: &str) -> Result<Option<UserId>> {
         let Some(account) = self.store.account_by_email(&known_form(email)).await? else {
             return Ok(None);
         };
@@ -25,7 +25,7 @@ impl Services {
     }
 
     /// Creates a platform admin with a team of their own.
-    pub(crate) async fn create_platform_admin(
+    pub async fn create_platform_admin(
         &self,
         email: &str,
         name: Option<&str>,
@@ -87,7 +87,7 @@ impl Services {
     }
 
     /// Sets an account's password and ends its sessions.
-    pub(crate) async fn set_password(&self, email: &str, password: &Secret) -> Result<UserId> {
+    pub async fn set_password(&self, email: &str, password: &Secret) -> Result<UserId> {
         acceptable("password", password)?;
         let missing = || Error::not_found("account", email);
         let account = self

@@ -454,7 +454,7 @@ impl Services {
     }
 
     /// Where people reach this installation, without a slash at the end.
-    fn public_url(&self) -> &str {
+    pub fn public_url(&self) -> &str {
         let url = self.config.public_url.as_deref();
         url.unwrap_or("http://localhost:8000").trim_end_matches('/')
     }
