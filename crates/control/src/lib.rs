@@ -376,7 +376,7 @@ impl ControlPlane {
     /// The database failed.
     pub async fn start_background(&self) -> Result<()> {
         self.services.take_up_unfinished().await?;
-        self.services.start_leadership();
+        self.services.start_leadership().await;
         self.services.start_monitor();
         self.services.start_events();
         self.services.start_pruning();

@@ -5,8 +5,9 @@
 //! two leaders for a moment (a pass that began before its lease ended) do harmless work twice, since every pass is
 //! made of conditional updates and idempotent calls.
 //!
-//! Each instance also holds a lease of its own. Where one ends without being given back, an instance died, and the
-//! leader takes up what is under way at once rather than when it has become old.
+//! Each instance also holds a lease of its own, before it serves. Where one ends without being given back, an instance
+//! died, and the leader takes up what is under way at once rather than when it has become old; and again for a while,
+//! since one that was merely slow may still die with what it took on meanwhile.
 
 use std::sync::Mutex;
 use std::time::Duration;
@@ -32,6 +33,8 @@ pub(crate) struct Leadership {
     pub(crate) instance: Uuid,
     /// Until when this instance leads, by its own clock; `None` when it does not.
     until: Mutex<Option<Instant>>,
+    /// Until when what is under way is taken up with each pass.
+    wary: Mutex<Option<Instant>>,
     /// This instance leads from now on.
     pub(super) gained: tokio::sync::Notify,
 }
@@ -41,6 +44,7 @@ impl Leadership {
         Self {
             instance,
             until: Mutex::default(),
+            wary: Mutex::default(),
             gained: tokio::sync::Notify::new(),
         }
     }
@@ -53,6 +57,21 @@ impl Leadership {
         let led = held.is_some_and(|until| until > Instant::now());
         *held = until;
         led
+    }
+
+    fn beware(&self, time: Duration) {
+        *self
+            .wary
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner) = Some(Instant::now() + time);
+    }
+
+    fn is_wary(&self) -> bool {
+        let wary = self
+            .wary
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        wary.is_some_and(|until| until > Instant::now())
     }
 
     fn get(&self) -> bool {
@@ -70,10 +89,14 @@ impl Services {
         !self.store.is_shared() || self.leadership.get()
     }
 
-    /// Keeps this instance's leases until shutdown.
-    pub(crate) fn start_leadership(&self) {
+    /// Takes this instance's leases, and keeps them until shutdown.
+    pub(crate) async fn start_leadership(&self) {
         if !self.store.is_shared() {
             return;
+        }
+        // What it takes on from here on is taken up by the others when it dies. A database that is away is the loop's.
+        if let Err(error) = self.lease_pass().await {
+            tracing::debug!(error = &error as &dyn std::error::Error, "no lease yet");
         }
         let services = self.clone();
         self.tasks.spawn(TaskKind::Monitor, async move {
@@ -120,6 +143,9 @@ impl Services {
             let died = self.store.leases_bury(INSTANCE).await?;
             if died > 0 {
                 tracing::warn!(instances = died, "instances died; their operations are taken up");
+                self.leadership.beware(life * 2);
+            }
+            if self.leadership.is_wary() {
                 self.take_up_unfinished().await?;
                 self.poke();
             }

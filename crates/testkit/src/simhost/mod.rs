@@ -9,6 +9,7 @@ mod rpc;
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use connectrpc::{ConnectError, ConnectRpcService, Limits, Router};
 use hyper_util::rt::{TokioExecutor, TokioIo};
@@ -20,6 +21,9 @@ use wrenn_proto::id::{SandboxId, TemplateId};
 use wrenn_proto::rest;
 
 pub use model::{Model, SimSandbox, SimState};
+
+/// Longest wait for a call: far more than any takes on a busy machine.
+const ARRIVAL_LIMIT: Duration = Duration::from_secs(120);
 
 /// The calls that pass a gate.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -308,10 +312,17 @@ impl SimHost {
     }
 
     /// Waits until this many calls of a kind have arrived.
+    ///
+    /// # Panics
+    /// When they do not.
     pub async fn wait_arrived(&self, call: Call, count: usize) {
         let mut gates = self.shared.gates.subscribe();
         let enough = |gates: &HashMap<Call, Gate>| gates.get(&call).is_some_and(|gate| gate.arrived >= count);
-        let _ = gates.wait_for(enough).await;
+        let enough = gates.wait_for(enough);
+        assert!(
+            tokio::time::timeout(ARRIVAL_LIMIT, enough).await.is_ok(),
+            "{call:?} did not arrive {count} times within {ARRIVAL_LIMIT:?}"
+        );
     }
 
     /// Cuts the host off: the port is closed, open connections break.
