@@ -31,6 +31,9 @@ enum Step {
 /// Why a snapshot failed that came to its name too late.
 const NAME_TAKEN: &str =
     "another template of this name was begun while the snapshot was made; it has the name now";
+/// Wait before an operation is tried again that the database did not take.
+const DATABASE_PAUSE: std::time::Duration = std::time::Duration::from_secs(1);
+
 /// Most hosts that one start is tried on.
 const MAX_PLACEMENTS: usize = 4;
 
@@ -45,45 +48,50 @@ impl Services {
     /// Drives until the status is settled or the host does not answer.
     pub(super) async fn drive_to_rest(&self, id: SandboxId) {
         let mut refused = Vec::new();
-        loop {
-            let Some(seen) = self.under_way(id).await else {
+        // What the database did not take is done again: a short outage may be over before anybody else has seen it.
+        while let Err(error) = self.drive_on(id, &mut refused).await {
+            tracing::error!(sandbox = %id, error = &error as &dyn std::error::Error, "an operation failed");
+            if error.code != ErrorCode::DatabaseUnavailable {
                 return;
+            }
+            tokio::select! {
+                () = tokio::time::sleep(DATABASE_PAUSE) => {}
+                () = self.tasks.closing().cancelled() => return,
+            }
+        }
+    }
+
+    async fn drive_on(&self, id: SandboxId, refused: &mut Vec<HostId>) -> Result<()> {
+        loop {
+            let Some(seen) = self.under_way(id).await? else {
+                return Ok(());
             };
             // One task per decision: a newer decision (destroy during create) must not wait for the older.
             let Some(claim) = self.claim(id, seen.generation, seen.status) else {
-                return;
+                return Ok(());
             };
             // Whoever had the claim before may have carried the decision out since the record was read.
-            let Some(sandbox) = self.under_way(id).await else {
-                return;
+            let Some(sandbox) = self.under_way(id).await? else {
+                return Ok(());
             };
             let step = if (sandbox.generation, sandbox.status) == (seen.generation, seen.status) {
-                self.step(&sandbox, &mut refused).await
+                self.step(&sandbox, refused).await
             } else {
                 Ok(Step::Again)
             };
             let asked_again = claim.end();
-            match step {
-                Ok(Step::Again) => {}
-                Ok(Step::Rest) if asked_again => {}
-                Ok(Step::Rest) => return,
-                Err(error) => {
-                    tracing::error!(sandbox = %id, error = &error as &dyn std::error::Error, "an operation failed");
-                    return;
-                }
+            match step? {
+                Step::Again => {}
+                Step::Rest if asked_again => {}
+                Step::Rest => return Ok(()),
             }
         }
     }
 
     /// A record with an operation under way; `None` when there is nothing to drive.
-    async fn under_way(&self, id: SandboxId) -> Option<Sandbox> {
-        match self.store.sandbox(id).await {
-            Ok(sandbox) => sandbox.filter(|sandbox| sandbox.status.is_transient()),
-            Err(error) => {
-                tracing::error!(sandbox = %id, error = &error as &dyn std::error::Error, "cannot read a record");
-                None
-            }
-        }
+    async fn under_way(&self, id: SandboxId) -> Result<Option<Sandbox>> {
+        let sandbox = self.store.sandbox(id).await?;
+        Ok(sandbox.filter(|sandbox| sandbox.status.is_transient()))
     }
 
     async fn step(&self, sandbox: &Sandbox, refused: &mut Vec<HostId>) -> Result<Step> {
