@@ -17,6 +17,7 @@ use wrenn_proto::guest::ENVD_PORT;
 use crate::http;
 use crate::logging::log;
 use crate::state::Agent;
+use crate::unsafe_calls::yield_to_programs;
 
 /// Threads for calls that block (files on disk); each costs a stack only while it lives.
 const BLOCKING_THREADS: usize = 8;
@@ -64,7 +65,14 @@ fn parse<T: std::str::FromStr>(flag: &str, value: &OsString) -> Result<T, String
 
 /// Serves until the process is killed.
 pub(crate) fn run(options: Options) -> ExitCode {
+    // What processes of the usual user inherit, so that their starts need not change it.
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
+    if rustix::process::geteuid().is_root() {
+        let _ = rustix::thread::set_thread_groups(&[rustix::process::Gid::ROOT]);
+    }
+    if let Err(error) = yield_to_programs() {
+        log!("scheduling: {error}");
+    }
     // One thread: the agent waits far more than it computes, and it sits in the memory of every guest.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

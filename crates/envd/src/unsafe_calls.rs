@@ -2,7 +2,7 @@
 //! program that it starts are in [`crate::process`].
 #![expect(
     unsafe_code,
-    reason = "registration of descriptors, and an ioctl without a safe wrapper"
+    reason = "registration of descriptors, and system calls without a safe wrapper"
 )]
 
 use std::fs::File;
@@ -16,6 +16,19 @@ use tokio::io::unix::AsyncFd;
 pub(crate) fn watch_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     // SAFETY: the descriptor must stay the same and stay open while it is registered; an `OwnedFd` does both.
     unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)
+}
+
+/// Lets running programs finish what they are at before this process takes their processor, for output that they
+/// write bit by bit would otherwise cost two switches a piece. An idle processor is taken at once, a busy one with
+/// the next tick. What this process starts is scheduled as usual.
+pub(crate) fn yield_to_programs() -> io::Result<()> {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    let policy = libc::SCHED_BATCH | libc::SCHED_RESET_ON_FORK;
+    // SAFETY: the call reads the parameters, which live here, and changes this thread's scheduling only.
+    match unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
 }
 
 /// Size of the buffer of [`RandPoolInfo`]; what is left over goes into the next call.

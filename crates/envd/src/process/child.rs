@@ -12,13 +12,13 @@
 use std::cell::Cell;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::io;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 use std::ptr;
 
-use rustix::fs::{Mode, OFlags};
 use rustix::process::{Gid, Pid, Uid, WaitOptions};
 
+use super::oom::Lent;
 use crate::users::Credentials;
 
 /// The child's own stack. What it runs needs a fraction of that.
@@ -34,7 +34,7 @@ pub(super) struct Program<'a> {
     pub(super) env: Vec<(String, String)>,
     pub(super) cwd: &'a Path,
     /// Standard input, output and error.
-    pub(super) stdio: [OwnedFd; 3],
+    pub(super) stdio: [BorrowedFd<'a>; 3],
     /// Standard input is a terminal, which is to be the program's.
     pub(super) terminal: bool,
     /// Whom the program runs as, when that is somebody else than the agent.
@@ -59,12 +59,14 @@ impl Program<'_> {
             .collect::<Result<_, _>>()?;
         let cwd = CString::new(self.cwd.as_os_str().as_encoded_bytes())?;
         // Above the three, so that putting one in place cannot close another.
-        let mut stdio = self.stdio;
-        for fd in &mut stdio {
+        let mut copies: [Option<OwnedFd>; 3] = [None, None, None];
+        for (fd, copy) in self.stdio.iter().zip(&mut copies) {
             if fd.as_raw_fd() <= 2 {
-                *fd = rustix::io::fcntl_dupfd_cloexec(&*fd, 3)?;
+                *copy = Some(rustix::io::fcntl_dupfd_cloexec(fd, 3)?);
             }
         }
+        let stdio: [BorrowedFd<'_>; 3] =
+            std::array::from_fn(|i| copies[i].as_ref().map_or(self.stdio[i], |copy| copy.as_fd()));
         let credentials = self.credentials.map(|wanted| {
             let groups: Vec<Gid> = wanted.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
             (Uid::from_raw(wanted.uid), Gid::from_raw(wanted.gid), groups)
@@ -79,9 +81,10 @@ impl Program<'_> {
             script: script.into_iter().map(Cell::new).collect(),
             env: pointers(&env),
             cwd: &cwd,
-            stdio: &stdio,
+            stdio,
             terminal: self.terminal,
             credentials,
+            lent: super::oom::lend(),
             failure: Cell::new(0),
         };
         let pid = plan.run()?;
@@ -128,9 +131,11 @@ struct Plan<'a> {
     script: Vec<Cell<*const c_char>>,
     env: Vec<*const c_char>,
     cwd: &'a CString,
-    stdio: &'a [OwnedFd; 3],
+    stdio: [BorrowedFd<'a>; 3],
     terminal: bool,
     credentials: Option<(Uid, Gid, Vec<Gid>)>,
+    /// The child takes its own place before the kernel's out-of-memory killer with it, and gives the agent's back.
+    lent: Lent,
     /// Why the child did not become its program; 0 when it did.
     failure: Cell<c_int>,
 }
@@ -159,21 +164,14 @@ impl Plan<'_> {
 
     /// In the child: everything up to the program.
     fn become_program(&self) -> rustix::io::Result<std::convert::Infallible> {
-        rustix::stdio::dup2_stdin(&self.stdio[0])?;
-        rustix::stdio::dup2_stdout(&self.stdio[1])?;
-        rustix::stdio::dup2_stderr(&self.stdio[2])?;
+        // Before anything that may take its time: the agent stands unprotected until then.
+        self.lent.give_back();
+        rustix::stdio::dup2_stdin(self.stdio[0])?;
+        rustix::stdio::dup2_stdout(self.stdio[1])?;
+        rustix::stdio::dup2_stderr(self.stdio[2])?;
         rustix::process::setsid()?;
         if self.terminal {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
-        }
-        rustix::process::umask(Mode::from_raw_mode(0o022));
-        // The agent is protected from the kernel's out-of-memory killer; what it starts must not be.
-        if let Ok(file) = rustix::fs::open(
-            c"/proc/self/oom_score_adj",
-            OFlags::WRONLY | OFlags::CLOEXEC,
-            Mode::empty(),
-        ) {
-            let _ = rustix::io::write(&file, b"100");
         }
         rustix::process::chdir(self.cwd.as_c_str())?;
         if let Some((uid, gid, groups)) = &self.credentials {
@@ -190,11 +188,20 @@ impl Plan<'_> {
     fn execute(&self) -> rustix::io::Errno {
         use rustix::io::Errno;
         let mut answer = Errno::NOENT;
-        for &candidate in self
-            .candidates
-            .iter()
-            .take_while(|candidate| !candidate.is_null())
-        {
+        let candidates = || {
+            self.candidates
+                .iter()
+                .take_while(|candidate| !candidate.is_null())
+        };
+        // An `execve` makes a new address space before it looks for the file: too much for each wrong place.
+        let several = candidates().nth(1).is_some();
+        for &candidate in candidates() {
+            if several && let Err(error) = may_execute(candidate) {
+                if error == Errno::ACCESS {
+                    answer = Errno::ACCESS;
+                }
+                continue;
+            }
             match execve(candidate, self.argv.as_ptr(), self.env.as_ptr()) {
                 Errno::NOENT | Errno::NOTDIR => {}
                 Errno::ACCESS => answer = Errno::ACCESS,
@@ -231,6 +238,17 @@ fn execve(
     unsafe {
         libc::execve(program, argv, env);
         rustix::io::Errno::from_raw_os_error(*libc::__errno_location())
+    }
+}
+
+/// Whether there is a file that the child may run, as whom it runs by now.
+fn may_execute(program: *const c_char) -> rustix::io::Result<()> {
+    // SAFETY: a string that lives in the waiting agent, whose error number is free while it waits.
+    unsafe {
+        match libc::access(program, libc::X_OK) {
+            0 => Ok(()),
+            _ => Err(rustix::io::Errno::from_raw_os_error(*libc::__errno_location())),
+        }
     }
 }
 
@@ -276,12 +294,10 @@ mod tests {
     use std::io::Read as _;
 
     fn run(cmd: &str, args: &[&str], env: &[(&str, &str)]) -> io::Result<(String, i32)> {
-        let null = || {
-            std::fs::OpenOptions::new()
-                .read(true)
-                .write(true)
-                .open("/dev/null")
-        };
+        let null = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .open("/dev/null")?;
         let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
         let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
         let pid = Program {
@@ -292,11 +308,12 @@ mod tests {
                 .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
                 .collect(),
             cwd: Path::new("/"),
-            stdio: [null()?.into(), theirs, null()?.into()],
+            stdio: [null.as_fd(), theirs.as_fd(), null.as_fd()],
             terminal: false,
             credentials: None,
         }
         .start()?;
+        drop(theirs);
         let mut output = String::new();
         std::fs::File::from(ours).read_to_string(&mut output)?;
         let status = rustix::process::waitpid(Some(pid), WaitOptions::empty())?

@@ -17,6 +17,7 @@
 //! - An ended process leaves the table; its exit is kept for late subscribers ([`table`]).
 
 mod child;
+mod oom;
 mod pump;
 pub(crate) mod service;
 mod session;

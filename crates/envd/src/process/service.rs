@@ -243,12 +243,11 @@ impl wire::Process for ProcessService {
             .processes
             .connect(&selector)
             .ok_or_else(|| no_such_process(&selector))?;
-        Response::ok(event_stream(events, ctx.headers(), deadline(&ctx), |event| {
-            ConnectResponse {
-                event: event.into(),
-                ..Default::default()
-            }
-        }))
+        let events = event_stream(events, ctx.headers(), deadline(&ctx), |event| ConnectResponse {
+            event: event.into(),
+            ..Default::default()
+        });
+        Response::ok(events.await)
     }
 
     async fn start(
@@ -268,12 +267,11 @@ impl wire::Process for ProcessService {
                 _ => ConnectError::resource_exhausted(message),
             }
         })?;
-        Response::ok(event_stream(events, ctx.headers(), deadline(&ctx), |event| {
-            StartResponse {
-                event: event.into(),
-                ..Default::default()
-            }
-        }))
+        let events = event_stream(events, ctx.headers(), deadline(&ctx), |event| StartResponse {
+            event: event.into(),
+            ..Default::default()
+        });
+        Response::ok(events.await)
     }
 
     async fn update<'a>(

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{PidfdFlags, Signal, WaitOptions, pidfd_open, waitpid};
@@ -95,7 +95,7 @@ struct Streams {
 
 /// Starts the process and everything that looks after it; returns the first subscription to its events.
 pub(crate) fn start(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<mpsc::Receiver<Event>> {
-    let (stdio, streams) = match plan.terminal {
+    let (theirs, streams) = match plan.terminal {
         Some(size) => terminal(size, &plan.user)?,
         None => pipes(plan.stdin)?,
     };
@@ -104,11 +104,13 @@ pub(crate) fn start(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<mpsc::R
         args: &plan.config.args,
         env: environment(&plan),
         cwd: &plan.cwd,
-        stdio,
+        stdio: theirs.each_ref().map(|fd| fd.as_fd()),
         terminal: plan.terminal.is_some(),
         credentials: plan.user.credentials(),
     }
     .start()?;
+    // Held by the process alone from here on, so that its streams end with it.
+    drop(theirs);
     let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK)
         .map_err(io::Error::from)
         .and_then(watch_fd);
@@ -155,14 +157,24 @@ fn environment(plan: &Plan) -> Vec<(String, String)> {
 }
 
 /// What a process reads from and writes to, and the agent's ends of that.
-type Stdio = ([OwnedFd; 3], Streams);
+type Stdio = ([Arc<OwnedFd>; 3], Streams);
+
+/// `/dev/null`, opened once for all processes without input.
+fn no_input() -> io::Result<Arc<OwnedFd>> {
+    static NULL: OnceLock<Arc<OwnedFd>> = OnceLock::new();
+    if let Some(null) = NULL.get() {
+        return Ok(null.clone());
+    }
+    let null = Arc::new(File::open("/dev/null")?.into());
+    Ok(NULL.get_or_init(|| null).clone())
+}
 
 fn pipes(stdin: bool) -> io::Result<Stdio> {
     let (theirs_in, input) = if stdin {
         let (theirs, ours) = pipe_with(PipeFlags::CLOEXEC)?;
-        (theirs, Input::Pipe(nonblocking(ours)?))
+        (Arc::new(theirs), Input::Pipe(nonblocking(ours)?))
     } else {
-        (File::open("/dev/null")?.into(), Input::Closed)
+        (no_input()?, Input::Closed)
     };
     let (stdout, theirs_out) = pipe_with(PipeFlags::CLOEXEC)?;
     let (stderr, theirs_err) = pipe_with(PipeFlags::CLOEXEC)?;
@@ -170,7 +182,8 @@ fn pipes(stdin: bool) -> io::Result<Stdio> {
         (Arc::new(nonblocking(stdout)?), Source::Stdout),
         (Arc::new(nonblocking(stderr)?), Source::Stderr),
     ];
-    Ok(([theirs_in, theirs_out, theirs_err], Streams { input, outputs }))
+    let theirs = [theirs_in, Arc::new(theirs_out), Arc::new(theirs_err)];
+    Ok((theirs, Streams { input, outputs }))
 }
 
 fn terminal(size: TerminalSize, user: &User) -> io::Result<Stdio> {
@@ -184,10 +197,10 @@ fn terminal(size: TerminalSize, user: &User) -> io::Result<Stdio> {
         let owner = rustix::process::Uid::from_raw(user.uid);
         rustix::fs::fchown(&slave, Some(owner), None)?;
     }
-    let stdio = [slave.try_clone()?, slave.try_clone()?, slave];
+    let slave = Arc::new(slave);
     let master = Arc::new(nonblocking(master)?);
     Ok((
-        stdio,
+        [slave.clone(), slave.clone(), slave],
         Streams {
             input: Input::Terminal(master.clone()),
             outputs: vec![(master, Source::Terminal)],

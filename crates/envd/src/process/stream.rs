@@ -44,8 +44,7 @@ pub(crate) fn deadline_error() -> ConnectError {
 
 struct Subscription<R> {
     events: mpsc::Receiver<Event>,
-    /// Until the first events have been gathered.
-    gather: Option<Duration>,
+    /// First events that waited for one another.
     gathered: VecDeque<Event>,
     keepalive: Duration,
     deadline: Option<Instant>,
@@ -53,23 +52,25 @@ struct Subscription<R> {
     done: bool,
 }
 
-/// The stream ends after the end event, or with an error at the deadline.
-pub(super) fn event_stream<R: Send + 'static>(
+/// The stream ends after the end event, or with an error at the deadline. Returns when the first events have been
+/// gathered, so that they travel with the answer's head.
+pub(super) async fn event_stream<R: Send + 'static>(
     events: mpsc::Receiver<Event>,
     headers: &HeaderMap,
     deadline: Option<Instant>,
     wrap: fn(ProcessEvent) -> R,
 ) -> ServiceStream<R> {
-    let keepalive = keepalive_interval(headers);
-    let subscription = Subscription {
+    let mut subscription = Subscription {
         events,
-        gather: gathering(headers),
         gathered: VecDeque::new(),
-        keepalive,
+        keepalive: keepalive_interval(headers),
         deadline,
         wrap,
         done: false,
     };
+    if let Some(wait) = gathering(headers) {
+        subscription.gather(wait).await;
+    }
     Box::pin(futures::stream::unfold(subscription, async |mut subscription| {
         let item = subscription.next().await?;
         Some((item, subscription))
@@ -80,6 +81,13 @@ impl<R> Subscription<R> {
     async fn next(&mut self) -> Option<Result<R, ConnectError>> {
         if self.done {
             return None;
+        }
+        // What is there already needs no timers, unless it comes too late.
+        let late = |deadline: Instant| deadline <= Instant::now();
+        if !self.deadline.is_some_and(late)
+            && let Some(event) = self.gathered.pop_front()
+        {
+            return Some(Ok(self.item(event)));
         }
         let (deadline, keepalive) = (self.deadline, self.keepalive);
         let deadline = async {
@@ -95,32 +103,26 @@ impl<R> Subscription<R> {
                 self.done = true;
                 Some(Err(deadline_error()))
             }
-            event = self.event() => {
-                let event = event?;
-                self.done = matches!(event, Event::End(_));
-                Some(Ok((self.wrap)(encode(event))))
-            }
+            event = self.events.recv() => Some(Ok(self.item(event?))),
             () = tokio::time::sleep(keepalive) => Some(Ok((self.wrap)(event_of(KeepAlive::default())))),
         }
     }
 }
 
 impl<R> Subscription<R> {
-    /// The next event. Cancelling it loses none.
-    async fn event(&mut self) -> Option<Event> {
-        if let Some(wait) = self.gather.take() {
-            let until = Instant::now() + wait;
-            while self.gathered.len() < MAX_GATHERED
-                && !matches!(self.gathered.back(), Some(Event::End(_)))
-                && let Ok(Some(event)) = tokio::time::timeout_at(until, self.events.recv()).await
-            {
-                self.gathered.push_back(event);
-            }
+    async fn gather(&mut self, wait: Duration) {
+        let until = Instant::now() + wait;
+        while self.gathered.len() < MAX_GATHERED
+            && !matches!(self.gathered.back(), Some(Event::End(_)))
+            && let Ok(Some(event)) = tokio::time::timeout_at(until, self.events.recv()).await
+        {
+            self.gathered.push_back(event);
         }
-        match self.gathered.pop_front() {
-            Some(event) => Some(event),
-            None => self.events.recv().await,
-        }
+    }
+
+    fn item(&mut self, event: Event) -> R {
+        self.done = matches!(event, Event::End(_));
+        (self.wrap)(encode(event))
     }
 }
 
@@ -220,12 +222,12 @@ mod tests {
         let mut headers = HeaderMap::new();
         headers.insert(GATHER_HEADER, "50".parse().expect("a header value"));
         let (sender, receiver) = mpsc::channel(4);
-        let mut stream = event_stream(receiver, &headers, None, |event| event);
         sender.send(Event::Start(7)).await.expect("room");
         let begun = Instant::now();
         // Nothing else comes: the wait ends by itself.
-        assert!(futures::StreamExt::next(&mut stream).await.is_some());
+        let mut stream = event_stream(receiver, &headers, None, |event| event).await;
         assert_eq!(begun.elapsed(), Duration::from_millis(50));
+        assert!(futures::StreamExt::next(&mut stream).await.is_some());
         // Later events are not held back.
         let begun = Instant::now();
         sender
@@ -236,12 +238,12 @@ mod tests {
         assert_eq!(begun.elapsed(), Duration::ZERO);
 
         let (sender, receiver) = mpsc::channel(4);
-        let stream = event_stream(receiver, &headers, None, |event| event);
         for event in [Event::Start(7), Event::End(Exit::Code(0))] {
             sender.send(event).await.expect("room");
         }
         // The end makes it whole: no wait.
         let begun = Instant::now();
+        let stream = event_stream(receiver, &headers, None, |event| event).await;
         assert_eq!(futures::StreamExt::collect::<Vec<_>>(stream).await.len(), 2);
         assert_eq!(begun.elapsed(), Duration::ZERO);
     }

@@ -399,13 +399,18 @@ async fn an_agent_that_dies_leaves_its_processes_alone() {
 #[tokio::test]
 async fn many_processes_at_once() {
     let agent = Agent::start().await;
+    // The place before the kernel's out-of-memory killer, which the agent lends to each.
+    let place = || std::fs::read_to_string(format!("/proc/{}/oom_score_adj", agent.pid())).expect("it runs");
+    let before = place();
     let outcomes = futures::future::join_all((0..40).map(|i| {
         let agent = &agent;
         async move {
             (
                 i,
                 agent
-                    .shell(&format!("sleep 0.1; echo {i}; exit {i}"))
+                    .shell(&format!(
+                        "sleep 0.1; echo {i} $(cat /proc/$$/oom_score_adj); exit {i}"
+                    ))
                     .await
                     .finish()
                     .await,
@@ -416,8 +421,9 @@ async fn many_processes_at_once() {
     for (i, outcome) in outcomes {
         assert_eq!(
             (outcome.stdout().trim(), outcome.exit_code()),
-            (i.to_string().as_str(), i)
+            (format!("{i} 100").as_str(), i)
         );
     }
+    assert_eq!(place(), before);
     assert!(agent.pids().await.is_empty());
 }

@@ -1,0 +1,92 @@
+//! The place of the agent and of what it starts before the kernel's out-of-memory killer.
+//!
+//! The agent is protected (pid 1 saw to that), and what it starts must not be. A process cannot be given another
+//! value when it is made, and looking for its own file below `/proc` afterwards makes the kernel build all of that
+//! process's folder: in an emulated guest one of the larger parts of a start. So the agent takes the child's value for
+//! the moment of the start, through a file that it keeps open, and the child's first act is to give the agent its own
+//! back through the same file.
+
+use std::cell::Cell;
+use std::os::fd::OwnedFd;
+use std::sync::{Mutex, MutexGuard, OnceLock};
+
+use rustix::fs::{Mode, OFlags};
+
+use crate::state::lock;
+
+/// Above the usual 0: what a user started goes before what keeps the guest alive.
+const CHILD: &[u8] = b"100";
+
+struct Own {
+    /// `/proc/self/oom_score_adj` of the agent, whoever writes to it.
+    file: OwnedFd,
+    value: Vec<u8>,
+}
+
+static OWN: OnceLock<Option<Own>> = OnceLock::new();
+/// One start at a time, so that none sees another's value as the agent's.
+static LENT: Mutex<()> = Mutex::new(());
+
+/// The agent's place while it has the child's. Ends with the agent in its own.
+pub(super) struct Lent {
+    /// Until it is given back.
+    own: Cell<Option<&'static Own>>,
+    _one: MutexGuard<'static, ()>,
+}
+
+/// Takes the child's place for the agent. Where the kernel does not let it, both keep the one they have.
+pub(super) fn lend() -> Lent {
+    let one = lock(&LENT);
+    let own = OWN.get_or_init(open).as_ref();
+    let own = own.filter(|own| rustix::io::pwrite(&own.file, CHILD, 0).is_ok());
+    Lent {
+        own: Cell::new(own),
+        _one: one,
+    }
+}
+
+fn open() -> Option<Own> {
+    let flags = OFlags::RDWR | OFlags::CLOEXEC;
+    let file = rustix::fs::open(c"/proc/self/oom_score_adj", flags, Mode::empty()).ok()?;
+    let mut value = vec![0; 16];
+    let length = rustix::io::pread(&file, &mut value, 0).ok()?;
+    value.truncate(length);
+    Some(Own { file, value })
+}
+
+impl Lent {
+    /// Called by the child, which may make system calls only.
+    pub(super) fn give_back(&self) {
+        if let Some(own) = self.own.take() {
+            let _ = rustix::io::pwrite(&own.file, &own.value, 0);
+        }
+    }
+}
+
+impl Drop for Lent {
+    /// For a child that never came to be.
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn now() -> String {
+        std::fs::read_to_string("/proc/self/oom_score_adj").expect("readable")
+    }
+
+    #[test]
+    fn the_agent_has_its_own_place_again() {
+        let before = now();
+        let lent = lend();
+        assert_eq!(now(), "100\n");
+        lent.give_back();
+        assert_eq!(now(), before);
+        drop(lent);
+        drop(lend());
+        assert_eq!(now(), before);
+    }
+}
