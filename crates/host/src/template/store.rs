@@ -11,7 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use wrenn_proto::id::{TeamId, TemplateId};
 
-use super::boot::{BootPlan, freeze};
+use super::boot::{BootPlan, freeze, kernel_settings};
 use super::rootfs::Recipe;
 use super::{BuildState, ENVD, Kernel, Progress, fingerprint, rootfs};
 use crate::error::{HostError, IoContext as _, Result};
@@ -183,8 +183,15 @@ impl TemplateStore {
         ca_bundle: Option<PathBuf>,
     ) -> Result<Self> {
         let recipe = Recipe::minimal(ca_bundle)?;
-        let platform = serde_json::to_vec(&qemu.platform()).unwrap_or_default();
-        let minimal_key = fingerprint(&[&platform, ENVD, DEFAULT_USER.as_bytes(), recipe.key.as_bytes()]);
+        let platform = qemu.platform();
+        let minimal_key = fingerprint(&[
+            &serde_json::to_vec(&platform).unwrap_or_default(),
+            qemu.cpu_model().as_bytes(),
+            kernel_settings(platform.accelerator).as_bytes(),
+            ENVD,
+            DEFAULT_USER.as_bytes(),
+            recipe.key.as_bytes(),
+        ]);
         Ok(Self {
             layout,
             qemu,
