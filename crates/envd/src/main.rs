@@ -13,6 +13,7 @@
 
 mod boot;
 mod files;
+mod freezer;
 mod http;
 mod logging;
 mod process;

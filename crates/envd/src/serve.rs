@@ -14,6 +14,8 @@ use rustix::net::sockopt;
 use tokio::net::{TcpListener, TcpStream};
 use wrenn_proto::guest::ENVD_PORT;
 
+use crate::boot::in_guest;
+use crate::freezer::Freezer;
 use crate::http;
 use crate::logging::log;
 use crate::state::Agent;
@@ -91,7 +93,14 @@ pub(crate) fn run(options: Options) -> ExitCode {
 async fn serve(options: Options) -> io::Result<()> {
     let listener = listen(&options).await?;
     let address = listener.local_addr()?;
-    let agent = Arc::new(Agent::new(options.state_dir));
+    let mut agent = Agent::new(options.state_dir);
+    if in_guest() {
+        match Freezer::join() {
+            Ok(freezer) => agent.freezer = Some(Arc::new(freezer)),
+            Err(error) => log!("programs cannot be held still for copies of this guest: {error}"),
+        }
+    }
+    let agent = Arc::new(agent);
     let app = http::router(agent);
     log!("listening on {address}");
     if let Some(file) = options.port_file {

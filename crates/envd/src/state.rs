@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use wrenn_proto::guest::InitRequest;
 
 use crate::files::watch::Watchers;
+use crate::freezer::Freezer;
 use crate::http::metrics::CpuSample;
 use crate::logging::log;
 use crate::process::table::ProcessTable;
@@ -62,6 +63,8 @@ pub(crate) struct Agent {
     state_dir: Option<PathBuf>,
     pub(crate) processes: Arc<ProcessTable>,
     pub(crate) watchers: Watchers,
+    /// `None` outside of a guest, and in one without control groups.
+    pub(crate) freezer: Option<Arc<Freezer>>,
     pub(crate) cpu: Mutex<CpuSample>,
 }
 
@@ -74,6 +77,7 @@ impl Agent {
             state_dir,
             processes: Arc::default(),
             watchers: Watchers::default(),
+            freezer: None,
             cpu: Mutex::default(),
         }
     }

@@ -107,7 +107,17 @@ fn mount_everything() {
             Some(c"mode=0755,size=20%"),
         );
     }
-    mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", strict, None);
+    // The agent changes its group at each pause and snapshot ([`crate::freezer`]), which the kernel makes cheap only on
+    // demand: without it, each change waits for all processors to have passed a quiet moment.
+    if !mount_at(
+        "cgroup2",
+        "/sys/fs/cgroup",
+        "cgroup2",
+        strict,
+        Some(c"favordynmods"),
+    ) {
+        mount_at("cgroup2", "/sys/fs/cgroup", "cgroup2", strict, None);
+    }
     for (target, link) in [
         ("/proc/self/fd", "/dev/fd"),
         ("fd/0", "/dev/stdin"),

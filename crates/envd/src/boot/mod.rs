@@ -70,6 +70,13 @@ fn mount_at(source: &str, target: &str, kind: &str, flags: MountFlags, data: Opt
     }
 }
 
+/// Whether this is root in a guest, whose pid 1 is this very program, and not an agent on a developer's machine.
+pub(crate) fn in_guest() -> bool {
+    rustix::process::geteuid().is_root()
+        && fs::read_link("/proc/1/exe")
+            .is_ok_and(|exe| exe.as_os_str() == wrenn_proto::guest::GUEST_ENVD_PATH)
+}
+
 /// Mounts what both stages need; the second one finds it there unless it was started without the first.
 fn mount_kernel_filesystems() {
     if is_mounted("/proc") && is_mounted("/sys") && is_mounted("/dev") {

@@ -18,7 +18,7 @@ use rustix::time::{ClockId, Timespec, clock_settime};
 use wrenn_proto::guest::InitRequest;
 
 use super::{Failure, carries_token, constant_time_equal};
-use crate::boot::{Cmdline, block_device_sysfs};
+use crate::boot::{Cmdline, block_device_sysfs, in_guest};
 use crate::logging::log;
 use crate::process::spawn::check_environment;
 use crate::state::Agent;
@@ -49,11 +49,25 @@ pub(crate) async fn init(
         Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "the settings cannot be stored")
     })?;
     // File system work, so off the thread that serves.
-    tokio::task::spawn_blocking(move || apply(&request, prepared))
-        .await
+    let applied = tokio::task::spawn_blocking(move || apply(&request, prepared)).await;
+    if let Some(freezer) = &agent.freezer {
+        freezer.thaw();
+    }
+    applied
         .unwrap_or_else(|_| Err("initialisation failed".to_owned()))
         // The host must know: a guest with its template's random numbers or names is no sandbox of its own.
         .map_err(|failed| Failure::new(StatusCode::INTERNAL_SERVER_ERROR, failed))?;
+    Ok(StatusCode::NO_CONTENT)
+}
+
+/// `POST /freeze`: no program runs from the answer on, until the next `/init`.
+pub(crate) async fn freeze(State(agent): State<Arc<Agent>>) -> Result<StatusCode, Failure> {
+    if let Some(freezer) = &agent.freezer {
+        freezer
+            .freeze()
+            .await
+            .map_err(|error| Failure::new(StatusCode::INTERNAL_SERVER_ERROR, error.to_string()))?;
+    }
     Ok(StatusCode::NO_CONTENT)
 }
 
@@ -193,13 +207,6 @@ fn apply(request: &InitRequest, prepared: Prepared) -> Result<(), String> {
     } else {
         Err(failed.join("; "))
     }
-}
-
-/// A guest is root's, and its pid 1 is this very program.
-fn in_guest() -> bool {
-    rustix::process::geteuid().is_root()
-        && fs::read_link("/proc/1/exe")
-            .is_ok_and(|exe| exe.as_os_str() == wrenn_proto::guest::GUEST_ENVD_PATH)
 }
 
 fn set_hostname(name: &str) -> io::Result<()> {

@@ -87,6 +87,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route("/health", get(async || StatusCode::NO_CONTENT))
         .route("/metrics", get(metrics::metrics))
         .route("/envs", get(envs))
+        .route("/freeze", post(init::freeze))
         .route("/init", post(init::init).layer(DefaultBodyLimit::max(MAX_INIT)))
         .merge(files)
         .fallback_service(rpc)

@@ -141,6 +141,12 @@ impl GuestClient {
         self.ask(request, Duration::from_secs(60)).await.map(drop)
     }
 
+    /// Holds the guest's programs still until the next [`Self::init`].
+    pub(crate) async fn freeze(&self, limit: Duration) -> Result<()> {
+        let request = request(Method::POST, "/freeze", empty());
+        self.ask(request, limit).await.map(drop)
+    }
+
     /// Current use of the guest's processor, memory and disk, as the guest says.
     pub(crate) async fn metrics(&self) -> Result<Metrics> {
         let bytes = self

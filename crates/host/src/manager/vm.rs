@@ -321,23 +321,21 @@ pub(crate) async fn adopt(
     }
     let attached = async {
         let attached = attach(shared, dir).await?;
-        // It may have been stopped in the middle of a pause or snapshot that nobody was told of.
-        let stood = !vm.is_running().await?;
-        if stood {
+        // It may have been stopped in the middle of a pause or snapshot that nobody was told of, …
+        if !vm.is_running().await? {
             vm.go_on(dir).await?;
         }
-        Ok((attached, stood))
+        Ok(attached)
     }
     .await;
     match attached {
-        Ok(((console, wire), stood)) => {
+        Ok((console, wire)) => {
             let guest = GuestClient::new(&wire.net, &record.token);
-            if stood {
-                let (guest, id) = (guest.clone(), record.id);
-                shared
-                    .tasks
-                    .spawn(async move { tell_time(&guest, id, Duration::from_secs(5)).await });
-            }
+            // … or its programs held for one.
+            let (told, id) = (guest.clone(), record.id);
+            shared
+                .tasks
+                .spawn(async move { tell_time(&told, id, Duration::from_secs(5)).await });
             Ok(Running {
                 vm,
                 guest,
@@ -364,6 +362,7 @@ pub(crate) async fn save(
 ) -> Result<Saved> {
     let before = record.phase.clone();
     let outcome = async {
+        hold_programs(&running.guest, record.id).await;
         // Part of what is undone: a stop whose answer does not come in time may still happen.
         running.vm.stop().await?;
         shared.step(Step::Save)?;
@@ -513,6 +512,7 @@ pub(crate) async fn snapshot(
     let outcome = async {
         match running {
             Some(running) => {
+                hold_programs(&running.guest, record.id).await;
                 let taken = match running.vm.stop().await {
                     Ok(()) => take_parts(shared, dir, record, running, &image).await,
                     Err(error) => Err(error),
@@ -636,7 +636,15 @@ async fn take_parts(
     moved
 }
 
-/// Gives a guest the time after it stood still. One that has broken its own agent is its owner's to repair or destroy:
+/// Holds a guest's programs still, so that none of them runs in a copy before that has its own names and random numbers,
+/// or on a clock that stood still. A guest that has broken its own agent does without.
+async fn hold_programs(guest: &GuestClient, id: SandboxId) {
+    if let Err(error) = guest.freeze(Duration::from_secs(2)).await {
+        tracing::warn!(sandbox = %id, %error, "a guest's programs could not be held still");
+    }
+}
+
+/// Gives a guest the time after it stood still, and lets its programs go on. One that has broken its own agent is its owner's to repair or destroy:
 /// it runs all the same.
 async fn tell_time(guest: &GuestClient, id: SandboxId, limit: Duration) {
     let clock = InitRequest {

@@ -209,6 +209,85 @@ async fn a_sandbox_works_pauses_and_goes_on() {
     platform.finish().await;
 }
 
+/// Writes down, hundreds of times a second, who it is, what time it is, and what comes out of the kernel's generator.
+const DIARY: &str = "
+import os, time
+with open('/dev/shm/diary', 'w', buffering=1) as diary:
+    while True:
+        name = open('/etc/machine-id').read().strip()
+        print(name, os.uname().nodename, time.time_ns(), os.urandom(8).hex(), file=diary)
+        time.sleep(0.001)
+";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn programs_of_a_copy_run_only_as_the_copy() {
+    let platform = Platform::start(WRENN).await;
+    let source = platform.sandbox().await;
+    let command = Exec {
+        cmd: "python3".into(),
+        args: vec!["-c".into(), DIARY.into()],
+        ..Exec::default()
+    };
+    source.exec_background(&command).await.expect("it starts");
+    let longer_than = async |sandbox: &SandboxHandle, lines: usize| -> Vec<String> {
+        eventually("the diary goes on", LIMIT, async || {
+            let text = output(sandbox, "head -n -1 /dev/shm/diary 2>/dev/null || true").await;
+            let read: Vec<String> = text.lines().map(str::to_owned).collect();
+            (read.len() > lines).then_some(read)
+        })
+        .await
+    };
+    longer_than(&source, 20).await;
+    let snapshots = platform.client().snapshots();
+    snapshots
+        .create_ready(source.id(), Some("running"), false)
+        .await
+        .expect("a snapshot of a running sandbox");
+    // The second one of a pause's own files, which the source goes on from as well.
+    let before = longer_than(&source, 20).await.len();
+    source.pause_and_wait(LIMIT).await.expect("pause");
+    snapshots
+        .create_ready(source.id(), Some("paused"), false)
+        .await
+        .expect("a snapshot of a paused sandbox");
+    source.resume_and_wait(LIMIT).await.expect("resume");
+    let original = longer_than(&source, before + 20).await;
+    let original_id = output(&source, "cat /etc/machine-id").await;
+    for template in ["running", "paused"] {
+        let wanted = CreateSandbox {
+            template: Some(template.to_owned()),
+            ..CreateSandbox::default()
+        };
+        let copy = platform.sandbox_from(&wanted).await;
+        let id = output(&copy, "cat /etc/machine-id").await;
+        assert_ne!(id, original_id);
+        let common = |lines: &[String]| lines.iter().zip(&original).take_while(|(a, b)| a == b).count();
+        let written = eventually("the copy writes on", LIMIT, async || {
+            let lines = longer_than(&copy, 20).await;
+            (lines.len() > common(&lines) + 20).then_some(lines)
+        })
+        .await;
+        let shared = common(&written);
+        assert!(
+            shared > 0,
+            "a copy of '{template}' remembers what its source wrote"
+        );
+        let name = output(&copy, "hostname").await;
+        for line in &written[shared..] {
+            assert!(
+                line.starts_with(&format!("{id} {name} ")),
+                "a program of a copy of '{template}' ran as another: {line}; its own is {id} {name}"
+            );
+        }
+        copy.destroy_and_wait().await.expect("destroy");
+    }
+    for name in ["running", "paused"] {
+        snapshots.delete(name).await.expect("delete");
+    }
+    source.destroy_and_wait().await.expect("destroy");
+    platform.finish().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn snapshots_multiply_a_sandbox() {
     let platform = Platform::start(WRENN).await;
