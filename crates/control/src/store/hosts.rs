@@ -76,6 +76,19 @@ impl HostFacts<'_> {
 }
 
 impl Store {
+    /// Whose the host is that a one-time token stands for, if there is one and it counts.
+    pub(crate) async fn host_token_owner(&self, one_time_hash: &str) -> Result<Option<HostOwner>, DbErr> {
+        let found = host_token::Entity::find()
+            .filter(host_token::Column::TokenHash.eq(one_time_hash))
+            .filter(host_token::Column::UsedAt.is_null())
+            .filter(host_token::Column::ExpiresAt.gt(now()))
+            .one(&self.db)
+            .await?;
+        let Some(token) = found else { return Ok(None) };
+        let host = host::Entity::find_by_id(token.host_id).one(&self.db).await?;
+        host.map(|host| owner(&host)).transpose()
+    }
+
     /// Uses up a one-time token and stores what the agent told, all or nothing. `None`: no such token,
     /// or used, or too old.
     pub(crate) async fn host_register(
