@@ -400,7 +400,7 @@ fn operations(ready: &Ready, sandboxes: Vec<SandboxId>) -> Vec<Operation> {
         },
         Operation {
             floor: Some("floor: one row inserted and committed"),
-            statements: "8",
+            statements: "6",
             method: Method::POST,
             expect: StatusCode::ACCEPTED,
             key: own(),

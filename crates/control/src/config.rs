@@ -42,6 +42,8 @@ pub struct ControlConfig {
     pub database: DatabaseLimits,
     /// How full hosts may become.
     pub placement: Placement,
+    /// Teams' own hosts may have private addresses, which the control plane then calls.
+    pub allow_private_byoc: bool,
     /// How patient the background work is.
     pub timings: Timings,
     /// Audit log, channels, usage, and repeated creates.
@@ -70,6 +72,7 @@ impl std::fmt::Debug for ControlConfig {
             .field("limits", &self.limits)
             .field("database", &self.database)
             .field("placement", &self.placement)
+            .field("allow_private_byoc", &self.allow_private_byoc)
             .field("timings", &self.timings)
             .field("around", &self.around)
             .finish()
@@ -94,6 +97,7 @@ impl ControlConfig {
             limits: Limits::default(),
             database: DatabaseLimits::default(),
             placement: Placement::default(),
+            allow_private_byoc: false,
             timings: Timings::default(),
             around: Around::default(),
         }

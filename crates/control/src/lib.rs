@@ -20,6 +20,7 @@ mod events;
 pub mod extension;
 mod hosts;
 mod mail;
+mod outbound;
 mod serve;
 mod service;
 pub mod services;

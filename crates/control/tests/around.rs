@@ -836,6 +836,11 @@ async fn a_channel_that_cannot_be_read_takes_no_other_with_it() {
     let list = list.as_array().expect("a list");
     let names: Vec<_> = list.iter().map(|channel| channel["name"].as_str()).collect();
     assert_eq!(names, [Some("fine"), Some("sealed")]);
+    // A page that is shorter than its limit would be taken for the last one.
+    let (_, page) = world.owned("GET", "/v1/channels?limit=2", None).await;
+    assert_eq!(page.as_array().map(Vec::len), Some(2), "{page}");
+    let (_, page) = world.owned("GET", "/v1/channels?limit=1", None).await;
+    assert_eq!(page[0]["name"], "fine", "{page}");
     // The events of the others go on, and what cannot be opened can be given anew.
     let event = world.event(ChannelEventKind::CapsuleRunning);
     world.running.control.notify(&event).await.expect("told");

@@ -494,3 +494,107 @@ async fn a_deleted_team_takes_its_hosts_with_it() {
     assert_eq!(fixture.own.with(|model| model.sandboxes.len()), 0);
     fixture.world.running.stop().await;
 }
+
+#[tokio::test]
+async fn a_teams_own_host_is_called_at_public_addresses_only() {
+    let mut fixture = Fixture::new().await;
+    fixture
+        .world
+        .host
+        .heartbeat_with(0, wrenn_proto::rest::TemplateStatus::Ready)
+        .await;
+    let (status, body) = fixture.create().await;
+    assert_eq!(status, 201, "{body}");
+    let exec = format!("/v1/sandboxes/{}/exec", body["id"].as_str().expect("an id"));
+    let (status, made) = fixture
+        .own("POST", &format!("{}/token", fixture.host_path()), None)
+        .await;
+    assert_eq!(status, 201, "{made}");
+    fixture.world = fixture
+        .world
+        .restart_with(|config| config.allow_private_byoc = false)
+        .await;
+    let world = &fixture.world;
+
+    let register = async |address: &str| {
+        let body = json!({
+            "token": made["registration_token"], "arch": "x86_64", "cpu_cores": 1, "memory_mb": 1, "disk_gb": 1,
+            "address": address,
+        });
+        let request = world.http.post(world.url("/v1/hosts/register")).json(&body);
+        common::answer(request).await
+    };
+    let private = [
+        "http://169.254.169.254:80",
+        "http://127.0.0.1:5432",
+        "http://10.0.0.1:8001",
+        "http://0.0.0.0:8001",
+        "http://[::1]:8001",
+        "http://[::ffff:127.0.0.1]:8001",
+        "http://[fd00:ec2::254]:80",
+        "http://2130706433:8001",
+        "http://0x7f.1:8001",
+        "http://localhost:8001",
+        "http://somebody@127.0.0.1:8001",
+    ];
+    for address in private {
+        let (status, body) = register(address).await;
+        assert_eq!(
+            (status, code(&body)),
+            (400, "invalid_request"),
+            "{address} {body}"
+        );
+        assert!(
+            message(&body).contains("address") && message(&body).contains("WRENN_BYOC_ALLOW_PRIVATE"),
+            "{address} {body}"
+        );
+    }
+
+    // One that was there before is not heard, and nothing is asked of it: by its address, by a name that leads there,
+    // or over a connection that is open to the platform's host at the same address.
+    let beat = async |address: &str| {
+        let request = world
+            .http
+            .post(world.url(&format!("{}/heartbeat", fixture.host_path())))
+            .bearer_auth(&fixture.own.tokens().token)
+            .json(&json!({"version": "1", "address": address, "memory_available_mb": 1, "disk_available_mb": 1}));
+        common::answer(request).await
+    };
+    for address in private {
+        assert_eq!(beat(address).await.0, 400, "{address}");
+    }
+    world.host.heartbeat().await;
+    world.sandbox().await;
+    let own = fixture.own.address().port();
+    let platforms = world.host.address();
+    let calls = || {
+        let asked = |host: &SimHost| host.arrived(Call::Exec) + host.arrived(Call::Start);
+        asked(&fixture.own) + asked(&world.host)
+    };
+    let before = calls();
+    for address in [
+        format!("http://127.0.0.1:{own}"),
+        format!("http://localhost:{own}"),
+        format!("http://[::ffff:127.0.0.1]:{own}"),
+        format!("http://{platforms}"),
+    ] {
+        fixture
+            .sql(&format!(
+                "UPDATE hosts SET address = '{address}' WHERE kind = 'byoc'"
+            ))
+            .await;
+        let (status, body) = fixture.own("POST", &exec, Some(json!({"cmd": "true"}))).await;
+        assert_eq!(
+            (status, code(&body)),
+            (503, "host_unavailable"),
+            "{address} {body}"
+        );
+        assert!(message(&body).contains("private address"), "{address} {body}");
+        assert_eq!(calls(), before, "{address}");
+    }
+
+    // The refusals have not used up the token; a name that is not found yet may be later.
+    let (status, body) = register("http://agent.invalid:8001").await;
+    assert_eq!(status, 201, "{body}");
+    fixture.world.running.stop().await;
+}

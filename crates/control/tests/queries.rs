@@ -301,7 +301,7 @@ async fn a_request_takes_as_many_statements_as_the_documentation_says() {
         .iter()
         .filter(|sql| !sql.contains(KEY_LOOKUP))
         .collect();
-    assert_eq!(accepted.len(), 8, "{accepted:#?}");
+    assert_eq!(accepted.len(), 6, "{accepted:#?}");
 
     // A heartbeat that says what the last one said writes neither the host's row nor the templates'.
     let sent = setup.during(async |_| setup.host.heartbeat().await).await;

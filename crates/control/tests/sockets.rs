@@ -527,3 +527,24 @@ async fn a_deleted_key_ends_open_connections() {
         .await
         .expect("the stream of events ends");
 }
+
+#[tokio::test]
+async fn a_host_that_says_nothing_holds_nobody_up() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    let world = world
+        .restart_with(|config| config.timings.short_rpc = std::time::Duration::from_millis(300))
+        .await;
+    world.host.hold(Call::Start);
+    world.host.hold(Call::Read);
+    let mut socket = open(&world, &format!("/v1/sandboxes/{sandbox}/exec/stream")).await;
+    socket.send(json!({"type": "start", "cmd": "cat"})).await;
+    let frame = socket.frame().await;
+    assert_eq!(frame["type"], "error", "{frame}");
+    assert!(frame.to_string().contains("did not answer in time"), "{frame}");
+    let path = format!("/v1/sandboxes/{sandbox}/files/read");
+    let (status, body) = world.post(&path, json!({"path": "/etc/passwd"})).await;
+    assert_eq!((status, common::code(&body)), (504, "timeout"), "{body}");
+    world.host.release(Call::Start);
+    world.host.release(Call::Read);
+}

@@ -469,7 +469,8 @@ body! {
         pub memory_mb: u64,
         /// Disk in GiB under the data directory.
         pub disk_gb: u64,
-        /// Where the control plane reaches the agent, for example `http://10.0.0.7:8001`.
+        /// Where the control plane reaches the agent, for example `http://10.0.0.7:8001`. Of a host that a team brings it has
+        /// to be a public address, unless the operator allows others.
         pub address: String,
     }
 

@@ -58,6 +58,7 @@ pub(crate) fn error(failure: ConnectError) -> Error {
         Rpc::ResourceExhausted => said(ErrorCode::NoCapacity, "the host has no room"),
         Rpc::PermissionDenied => said(ErrorCode::Forbidden, "the guest denied it"),
         Rpc::DeadlineExceeded => said(ErrorCode::Timeout, "it took longer than allowed"),
+        Rpc::Unavailable if crate::outbound::was_refused(&failure) => super::pool::private(),
         // No agent answered, or one that is about to end.
         Rpc::Unavailable => Error::new(
             ErrorCode::HostUnavailable,

@@ -54,21 +54,16 @@ impl Scheduler {
         refused: &[HostId],
     ) -> Result<Host> {
         let mut hosts = store.hosts_with_template(needs.template, needs.team).await?;
-        hosts.retain(|host| !refused.contains(&host.id));
+        hosts.retain(|(host, _)| !refused.contains(&host.id));
         if hosts.is_empty() {
             return Err(Error::new(
                 ErrorCode::NoCapacity,
                 "no host that has the template is online; try again shortly",
             ));
         }
-        let ids: Vec<HostId> = hosts.iter().map(|host| host.id).collect();
-        let held = store.held_on(&ids).await?;
         let rooms: Vec<Room> = hosts
             .iter()
-            .map(|host| {
-                let held = held.get(&host.id).copied().unwrap_or_default();
-                Room::of(host, held, placement)
-            })
+            .map(|(host, held)| Room::of(host, *held, placement))
             .collect();
         let start = self.next.fetch_add(1, Ordering::Relaxed);
         let asked = Amounts::of(needs);
@@ -76,6 +71,7 @@ impl Scheduler {
             Ok(chosen) => hosts
                 .into_iter()
                 .nth(chosen)
+                .map(|(host, _)| host)
                 .ok_or_else(|| Error::internal("the scheduler chose a host that is none")),
             Err(lack) => Err(Error::new(
                 ErrorCode::NoCapacity,

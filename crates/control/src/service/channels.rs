@@ -419,7 +419,7 @@ impl Services {
             Some(Host::Ipv4(address)) => address.into(),
             Some(Host::Ipv6(address)) => address.into(),
         };
-        if private || super::deliver::is_public(address) {
+        if private || crate::outbound::is_public(address) {
             return Ok(());
         }
         Err("must not lead to a private address".to_owned())

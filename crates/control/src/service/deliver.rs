@@ -12,7 +12,6 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeSet, HashMap, HashSet};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -30,6 +29,7 @@ use super::channels::ChannelConfig;
 use super::drive::millis;
 use crate::domain::around::{Channel, ChannelEvent, ChannelEventKind, ChannelProvider};
 use crate::domain::{ChannelId, Millis, TeamId, now, timestamp};
+use crate::outbound;
 use crate::store::{Delivery, DeliveryEnd};
 use crate::{Error, Result};
 
@@ -414,12 +414,8 @@ fn sentence(event: &str) -> String {
 
 /// Why a request failed, without its address: that may hold a token.
 fn reason(error: &reqwest::Error) -> String {
-    let mut source = std::error::Error::source(error);
-    while let Some(cause) = source {
-        if cause.is::<Refused>() {
-            return Refused.to_string();
-        }
-        source = cause.source();
+    if outbound::was_refused(error) {
+        return outbound::Refused.to_string();
     }
     if error.is_timeout() {
         "it did not answer in time"
@@ -465,11 +461,6 @@ fn sender(allow_private: bool, timeout: Duration) -> std::result::Result<Sender,
         })
 }
 
-/// A name leads to no address that may be connected to.
-#[derive(Debug, thiserror::Error)]
-#[error("it leads to a private address")]
-struct Refused;
-
 /// Resolves names and lets only public addresses through: the very ones that are then connected to, so a
 /// name that changes its address between check and use gains nothing.
 struct Guard {
@@ -480,72 +471,10 @@ impl Resolve for Guard {
     fn resolve(&self, name: Name) -> Resolving {
         let allow_private = self.allow_private;
         Box::pin(async move {
-            let found: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
-            let allowed: Vec<SocketAddr> = found
-                .into_iter()
-                .filter(|address| allow_private || is_public(address.ip()))
-                .collect();
-            if allowed.is_empty() {
-                return Err(Refused.into());
-            }
+            let allowed = outbound::resolve(name.as_str(), 0, allow_private).await?;
             Ok(Box::new(allowed.into_iter()) as Addrs)
         })
     }
-}
-
-/// Whether an address is one of the public internet.
-pub(super) fn is_public(address: IpAddr) -> bool {
-    match address {
-        IpAddr::V4(address) => public_v4(address),
-        IpAddr::V6(address) => public_v6(address),
-    }
-}
-
-fn public_v4(address: Ipv4Addr) -> bool {
-    let [a, b, c, _] = address.octets();
-    let special = a == 0 // This network.
-        || a == 10
-        || (a == 100 && (64..128).contains(&b)) // Carrier-grade NAT.
-        || a == 127
-        || (a == 169 && b == 254) // Link-local, cloud metadata among them.
-        || (a == 172 && (16..32).contains(&b))
-        || (a == 192 && b == 0 && (c == 0 || c == 2)) // Protocol assignments, documentation.
-        || (a == 192 && b == 88 && c == 99) // 6to4 relays.
-        || (a == 192 && b == 168)
-        || (a == 198 && (b == 18 || b == 19)) // Benchmarks.
-        || (a == 198 && b == 51 && c == 100)
-        || (a == 203 && b == 0 && c == 113)
-        || a >= 224; // Multicast, reserved, broadcast.
-    !special
-}
-
-fn public_v6(address: Ipv6Addr) -> bool {
-    let segments = address.segments();
-    // Only global unicast is public; and of that, not what leads to an IPv4 address or nowhere.
-    let [first, second, third, ..] = segments;
-    if first & 0xe000 != 0x2000 {
-        // NAT64 translates into IPv4.
-        return first == 0x64 && second == 0xff9b && third == 0 && {
-            let [.., high, low] = segments;
-            segments[2..6] == [0; 4] && public_v4(v4(high, low))
-        };
-    }
-    match (first, second) {
-        // 6to4: the IPv4 address follows.
-        (0x2002, high) => public_v4(v4(high, third)),
-        // Teredo, ORCHID, benchmarks and other protocol assignments.
-        (0x2001, second) if second < 0x200 => false,
-        // Documentation.
-        (0x2001, 0xdb8) => false,
-        (0x3fff, second) if second < 0x1000 => false,
-        _ => true,
-    }
-}
-
-fn v4(high: u16, low: u16) -> Ipv4Addr {
-    let [a, b] = high.to_be_bytes();
-    let [c, d] = low.to_be_bytes();
-    Ipv4Addr::new(a, b, c, d)
 }
 
 #[cfg(test)]
@@ -553,59 +482,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-
-    #[test]
-    fn private_addresses_are_told_from_public_ones() {
-        for address in [
-            "0.0.0.0",
-            "10.1.2.3",
-            "100.64.0.1",
-            "100.127.255.255",
-            "127.0.0.1",
-            "127.255.0.9",
-            "169.254.169.254",
-            "172.16.0.1",
-            "172.31.255.255",
-            "192.168.1.1",
-            "192.0.0.8",
-            "198.18.0.1",
-            "224.0.0.1",
-            "240.0.0.1",
-            "255.255.255.255",
-            "::",
-            "::1",
-            "::ffff:127.0.0.1",
-            "::ffff:8.8.8.8",
-            "::127.0.0.1",
-            "fe80::1",
-            "fc00::1",
-            "fd00:ec2::254",
-            "ff02::1",
-            "64:ff9b::7f00:1",
-            "64:ff9b:1::1",
-            "2002:7f00:1::1",
-            "2002:a9fe:a9fe::1",
-            "2001::1",
-            "2001:db8::1",
-        ] {
-            assert!(!is_public(address.parse().expect("an address")), "{address}");
-        }
-        for address in [
-            "1.1.1.1",
-            "8.8.8.8",
-            "100.63.0.1",
-            "100.128.0.1",
-            "172.15.0.1",
-            "172.32.0.1",
-            "192.0.1.1",
-            "223.255.255.1",
-            "2606:4700::1111",
-            "2001:4860:4860::8888",
-            "64:ff9b::808:808",
-        ] {
-            assert!(is_public(address.parse().expect("an address")), "{address}");
-        }
-    }
 
     #[test]
     fn a_signature_is_hmac_over_time_and_body() {

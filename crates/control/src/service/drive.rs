@@ -24,6 +24,8 @@ use crate::{Error, ErrorCode, Result};
 enum Step {
     /// The record changed; look again.
     Again,
+    /// This step changed the record, to this decision and status: the next one is here.
+    Next(u64, SandboxStatus),
     /// Nothing more to do now.
     Rest,
 }
@@ -45,11 +47,23 @@ impl Services {
             .spawn(TaskKind::Drive, async move { services.drive_to_rest(id).await });
     }
 
+    /// The same right after a decision, which need not be read to be known.
+    pub(super) fn drive_decided(&self, id: SandboxId, generation: u64, status: SandboxStatus) {
+        let services = self.clone();
+        self.tasks.spawn(TaskKind::Drive, async move {
+            services.drive_from(id, Some((generation, status))).await;
+        });
+    }
+
     /// Drives until the status is settled or the host does not answer.
     pub(super) async fn drive_to_rest(&self, id: SandboxId) {
+        self.drive_from(id, None).await;
+    }
+
+    async fn drive_from(&self, id: SandboxId, mut decided: Option<(u64, SandboxStatus)>) {
         let mut refused = Vec::new();
         // What the database did not take is done again: a short outage may be over before anybody else has seen it.
-        while let Err(error) = self.drive_on(id, &mut refused).await {
+        while let Err(error) = self.drive_on(id, &mut refused, decided.take()).await {
             tracing::error!(sandbox = %id, error = &error as &dyn std::error::Error, "an operation failed");
             if error.code != ErrorCode::DatabaseUnavailable {
                 return;
@@ -61,20 +75,30 @@ impl Services {
         }
     }
 
-    async fn drive_on(&self, id: SandboxId, refused: &mut Vec<HostId>) -> Result<()> {
+    /// `decided` is what the record was a moment ago, where the caller knows it.
+    async fn drive_on(
+        &self,
+        id: SandboxId,
+        refused: &mut Vec<HostId>,
+        mut decided: Option<(u64, SandboxStatus)>,
+    ) -> Result<()> {
         loop {
-            let Some(seen) = self.under_way(id).await? else {
-                return Ok(());
+            let seen = match decided.take() {
+                Some(decided) => decided,
+                None => match self.under_way(id).await? {
+                    Some(sandbox) => (sandbox.generation, sandbox.status),
+                    None => return Ok(()),
+                },
             };
             // One task per decision: a newer decision (destroy during create) must not wait for the older.
-            let Some(claim) = self.claim(id, seen.generation, seen.status) else {
+            let Some(claim) = self.claim(id, seen.0, seen.1) else {
                 return Ok(());
             };
-            // Whoever had the claim before may have carried the decision out since the record was read.
+            // Whoever had the claim before may have carried the decision out since.
             let Some(sandbox) = self.under_way(id).await? else {
                 return Ok(());
             };
-            let step = if (sandbox.generation, sandbox.status) == (seen.generation, seen.status) {
+            let step = if (sandbox.generation, sandbox.status) == seen {
                 self.step(&sandbox, refused).await
             } else {
                 Ok(Step::Again)
@@ -82,6 +106,7 @@ impl Services {
             let asked_again = claim.end();
             match step? {
                 Step::Again => {}
+                Step::Next(generation, status) => decided = Some((generation, status)),
                 Step::Rest if asked_again => {}
                 Step::Rest => return Ok(()),
             }
@@ -97,11 +122,12 @@ impl Services {
     async fn step(&self, sandbox: &Sandbox, refused: &mut Vec<HostId>) -> Result<Step> {
         match sandbox.status {
             SandboxStatus::Pending => {
-                // Stale: somebody decided otherwise, and looking again shows what.
-                let _: Outcome = self
-                    .settle(sandbox, Change::decide(SandboxStatus::Starting, sandbox.actor))
-                    .await?;
-                Ok(Step::Again)
+                let change = Change::decide(SandboxStatus::Starting, sandbox.actor);
+                Ok(match self.settle(sandbox, change).await? {
+                    Outcome::Updated => Step::Next(sandbox.generation + 1, SandboxStatus::Starting),
+                    // Somebody decided otherwise, and looking again shows what.
+                    Outcome::Stale | Outcome::Missing => Step::Again,
+                })
             }
             SandboxStatus::Starting => self.drive_start(sandbox, refused).await,
             SandboxStatus::Pausing => self.drive_pause(sandbox).await,

@@ -141,7 +141,7 @@ impl Services {
             user,
             ..Default::default()
         };
-        let chunks = client.read_file_stream(request).await.map_err(rpc::guest_error)?;
+        let chunks = self.first_answer(client.read_file_stream(request)).await?;
         let mut stream = FileStream { first: None, chunks };
         stream.first = stream.pull().await?;
         self.used(&sandbox).await?;

@@ -10,9 +10,9 @@ use super::drive::millis;
 use crate::auth;
 use crate::domain::around::AuditEntry;
 use crate::domain::lifecycle::{HostState, Source, Verdict, apply_report};
-use crate::domain::{Failure, Host, HostId, Millis, SandboxId, TemplateId, now};
+use crate::domain::{Failure, Host, HostId, HostOwner, Millis, SandboxId, TemplateId, now};
 use crate::events::Event;
-use crate::hosts::pool::{TOKEN_PREFIX, is_plain, seal_token};
+use crate::hosts::pool::{TOKEN_PREFIX, check_public, is_plain, seal_token};
 use crate::hosts::rpc;
 use crate::store::{Change, HostFacts, HostRefresh, HostRegistration, Outcome};
 use crate::{Error, ErrorCode, Result};
@@ -63,7 +63,8 @@ impl Services {
             disk_gb,
             address,
         } = body;
-        let address = agent_address(&address)?;
+        let uri = agent_address(&address)?;
+        let address = stored(&address);
         if arch.is_empty()
             || arch.len() > 32
             || !arch
@@ -72,12 +73,17 @@ impl Services {
         {
             return Err(Error::invalid("arch must be a word such as x86_64"));
         }
+        let one_time = auth::hash(&token);
+        // Before the token is used up: a host that gave an address in vain tries again with the same one.
+        if let Some(owner) = self.store.host_token_owner(&one_time).await? {
+            self.may_call(owner, &uri).await?;
+        }
         let tokens = Tokens::new()?;
         let rpc_token = auth::random_secret(TOKEN_PREFIX, 32)?;
         let host = self
             .store
             .host_register(
-                &auth::hash(&token),
+                &one_time,
                 HostRegistration {
                     arch: &arch,
                     cpu_cores,
@@ -163,6 +169,14 @@ impl Services {
             disk_available_mb,
             templates,
         } = body;
+        let address = match address {
+            Some(address) => {
+                // One that may not be called, though it was once allowed, counts as not heard: nothing is placed there.
+                self.may_call(host.owner, &agent_address(&address)?).await?;
+                Some(stored(&address))
+            }
+            None => None,
+        };
         if templates.len() > MAX_ITEMS {
             return Err(Error::invalid(format!(
                 "templates must have at most {MAX_ITEMS} entries"
@@ -194,14 +208,13 @@ impl Services {
             disk_available_mb,
         };
         let back = self.store.host_heartbeat(host, facts, fresh).await?;
-        if let Some(address) = address {
-            let address = agent_address(&address)?;
-            if address != host.address {
-                self.store.host_moved(host.id, &address).await?;
-                tracing::info!(host = %host.id, address, "a host's agent has a new address");
-                self.poke();
-                self.take_up_unfinished_on(host.id).await?;
-            }
+        if let Some(address) = address
+            && address != host.address
+        {
+            self.store.host_moved(host.id, &address).await?;
+            tracing::info!(host = %host.id, address, "a host's agent has a new address");
+            self.poke();
+            self.take_up_unfinished_on(host.id).await?;
         }
         if back {
             tracing::info!(host = %host.id, "a host is back");
@@ -211,6 +224,14 @@ impl Services {
             self.take_up_unfinished_on(host.id).await?;
         }
         Ok(())
+    }
+
+    /// Fails if the control plane does not call a host at the address that its agent tells.
+    async fn may_call(&self, owner: HostOwner, address: &http::Uri) -> Result<()> {
+        match owner {
+            HostOwner::Team(_) if !self.config.allow_private_byoc => check_public(address).await,
+            HostOwner::Team(_) | HostOwner::Platform => Ok(()),
+        }
     }
 
     /// What could not be asked of a host while it was away is asked now, rather than when the monitor finds it old.
@@ -318,7 +339,7 @@ fn failure(told: Option<SandboxFailure>, generation: u64) -> Failure {
 }
 
 /// An agent's address: where RPCs and later proxied traffic go.
-fn agent_address(address: &str) -> Result<String> {
+fn agent_address(address: &str) -> Result<http::Uri> {
     let bad = || Error::invalid("address must be a URL such as http://10.0.0.7:8001");
     let uri: http::Uri = address.parse().map_err(|_| bad())?;
     let plain = uri.scheme_str() == Some("http")
@@ -328,5 +349,10 @@ fn agent_address(address: &str) -> Result<String> {
     if !plain || address.len() > 300 {
         return Err(bad());
     }
-    Ok(address.trim_end_matches('/').to_owned())
+    Ok(uri)
+}
+
+/// An agent's address as it is kept.
+fn stored(address: &str) -> String {
+    address.trim_end_matches('/').to_owned()
 }

@@ -112,6 +112,7 @@ impl Services {
             inner: Arc::new(Inner {
                 accounts,
                 sessions: Sessions::new(&secret),
+                pool: Pool::new(secret.clone(), config.allow_private_byoc),
                 config,
                 store,
                 extensions,
@@ -125,7 +126,6 @@ impl Services {
                 purging: deletion::Purging::default(),
                 around: around::Around::default(),
                 gauges: gauges::Counted::default(),
-                pool: Pool::new(secret.clone()),
                 secret,
                 scheduler: Scheduler::default(),
                 driven: Mutex::default(),

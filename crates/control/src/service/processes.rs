@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use connectrpc::StreamMessage;
 use connectrpc::client::{CallOptions, ServerStream};
+use connectrpc::{ConnectError, StreamMessage};
 use wrenn_proto::hostagent;
 use wrenn_proto::hostagent::__buffa::oneof::process_event::Event as WireEvent;
 use wrenn_proto::hostagent::__buffa::oneof::process_selector::Selector as WireSelector;
@@ -309,7 +309,7 @@ impl Services {
             timeout_sec: 0,
             ..Default::default()
         };
-        let events = client.start_process(request).await.map_err(rpc::guest_error)?;
+        let events = self.first_answer(client.start_process(request)).await?;
         self.used(&sandbox).await?;
         let timeout = self.config.timings.short_rpc;
         Ok((
@@ -336,7 +336,7 @@ impl Services {
             process: selector.wire().into(),
             ..Default::default()
         };
-        let events = client.connect_process(request).await.map_err(rpc::guest_error)?;
+        let events = self.first_answer(client.connect_process(request)).await?;
         self.used(&sandbox).await?;
         let timeout = self.config.timings.short_rpc;
         Ok((
@@ -348,6 +348,22 @@ impl Services {
                 timeout,
             },
         ))
+    }
+
+    /// The first answer of a call that goes on for as long as it takes: a host that is there has one soon, and a connection
+    /// over which nothing comes back would hold the caller for ever.
+    pub(super) async fn first_answer<T>(
+        &self,
+        call: impl Future<Output = std::result::Result<T, ConnectError>>,
+    ) -> Result<T> {
+        tokio::time::timeout(self.config.timings.short_rpc, call)
+            .await
+            .unwrap_or_else(|_| {
+                Err(ConnectError::deadline_exceeded(
+                    "the sandbox's host did not answer in time",
+                ))
+            })
+            .map_err(rpc::guest_error)
     }
 
     /// Processes that were started through the API and still run.

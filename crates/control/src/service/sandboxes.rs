@@ -111,7 +111,7 @@ impl Services {
             Err(error) => return Err(error.into()),
         }
         self.bus.publish(Event::Sandbox(sandbox.id));
-        self.drive(sandbox.id);
+        self.drive_decided(sandbox.id, sandbox.generation, sandbox.status);
         Ok(Accepted {
             generation: sandbox.generation,
             sandbox,
@@ -180,9 +180,9 @@ impl Services {
             {
                 Outcome::Updated => {
                     self.bus.publish(Event::Sandbox(sandbox.id));
-                    self.drive(sandbox.id);
-                    let now = now();
                     let generation = sandbox.generation + 1;
+                    self.drive_decided(sandbox.id, generation, to);
+                    let now = now();
                     return Ok(Accepted {
                         sandbox: Sandbox {
                             status: to,

@@ -80,18 +80,23 @@ impl Store {
         after: Option<&str>,
         limit: u64,
     ) -> Result<Vec<Channel>, DbErr> {
-        let mut query = channel::Entity::find().filter(channel::Column::TeamId.eq(team.0));
-        if let Some(after) = after {
-            query = query.filter(channel::Column::Name.gt(after));
-        }
-        let rows = query
-            .order_by_asc(channel::Column::Name)
-            .limit(limit)
-            .all(&self.db)
-            .await?;
-        Ok(rows
-            .into_iter()
-            .filter_map(|row| {
+        let mut found = Vec::new();
+        let mut after = after.map(str::to_owned);
+        // Whoever pages takes a page that is not full for the last one: what was left out is made up for.
+        loop {
+            let left = limit.saturating_sub(found.len() as u64);
+            let mut query = channel::Entity::find().filter(channel::Column::TeamId.eq(team.0));
+            if let Some(after) = &after {
+                query = query.filter(channel::Column::Name.gt(after));
+            }
+            let rows = query
+                .order_by_asc(channel::Column::Name)
+                .limit(left)
+                .all(&self.db)
+                .await?;
+            let whole = (rows.len() as u64) < left;
+            after = rows.last().map(|row| row.name.clone());
+            found.extend(rows.into_iter().filter_map(|row| {
                 let id = ChannelId(row.id);
                 domain(row)
                     .inspect_err(|error| {
@@ -99,8 +104,11 @@ impl Store {
                         tracing::error!(channel = %id, %error, "a channel cannot be read");
                     })
                     .ok()
-            })
-            .collect())
+            }));
+            if whole || found.len() as u64 >= limit {
+                return Ok(found);
+            }
+        }
     }
 
     /// Changes name and events, if the channel is still as it was read.

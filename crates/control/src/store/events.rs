@@ -2,20 +2,55 @@
 
 use std::collections::BTreeSet;
 
-use sea_orm::sea_query::{Expr, ExprTrait as _, Func, Query, SelectStatement};
+use sea_orm::sea_query::{Expr, ExprTrait as _, Func, LockType, Query, SelectStatement};
 use sea_orm::{
     ColumnTrait, Condition, ConnectionTrait, DbErr, EntityTrait, QueryFilter, QueryOrder, QuerySelect,
     Statement, TransactionTrait,
 };
 
-use super::entity::{api_key, event, event_cursor, user};
-use super::{Store, big, corrupt};
+use super::entity::{api_key, event, event_cursor, team, user};
+use super::{DatabaseTransaction, Store, big, corrupt};
 use crate::domain::around::{ActorType, AuditActor};
 use crate::domain::event::{EventActor, EventKind, EventOutcome, NewEvent, StateEvent};
 use crate::domain::{Actor, Millis, TeamId, now};
 
 /// Writes an event in the transaction of the change that it tells of.
 pub(super) async fn record(db: &impl ConnectionTrait, new: NewEvent) -> Result<(), DbErr> {
+    let (columns, values) = row(new)?;
+    let mut insert = Query::insert();
+    insert
+        .into_table(event::Entity)
+        .columns(columns)
+        .values(values)
+        .map_err(|error| DbErr::Custom(error.to_string()))?;
+    db.execute(&insert).await.map(drop)
+}
+
+/// The same, if the event's team lives; returns whether it does, and until the transaction ends: as
+/// [`team_held`](super::teams::team_held), and after the transaction's write like it, without a round trip of its own.
+pub(super) async fn record_in_live_team(
+    transaction: &DatabaseTransaction,
+    new: NewEvent,
+) -> Result<bool, DbErr> {
+    let id = new.team.0;
+    let (columns, values) = row(new)?;
+    let mut live = Query::select();
+    live.exprs(values)
+        .from(team::Entity)
+        .and_where(team::Column::Id.eq(id))
+        .and_where(team::Column::DeletedAt.is_null())
+        .lock(LockType::Share);
+    let mut insert = Query::insert();
+    insert
+        .into_table(event::Entity)
+        .columns(columns)
+        .select_from(live)
+        .map_err(|error| DbErr::Custom(error.to_string()))?;
+    Ok(transaction.execute(&insert).await?.rows_affected() == 1)
+}
+
+/// An event's columns and what goes into them.
+fn row(new: NewEvent) -> Result<(Vec<event::Column>, Vec<Expr>), DbErr> {
     use event::Column;
     let NewEvent {
         team,
@@ -47,14 +82,7 @@ pub(super) async fn record(db: &impl ConnectionTrait, new: NewEvent) -> Result<(
         (Column::ActorId, Expr::value(actor_id)),
         (Column::ActorName, name),
     ];
-    let (columns, values): (Vec<_>, Vec<_>) = columns.into_iter().unzip();
-    let mut insert = Query::insert();
-    insert
-        .into_table(event::Entity)
-        .columns(columns)
-        .values(values)
-        .map_err(|error| DbErr::Custom(error.to_string()))?;
-    db.execute(&insert).await.map(drop)
+    Ok(columns.into_iter().unzip())
 }
 
 /// What an actor is called at the moment; nothing when it is gone.

@@ -1,17 +1,20 @@
 //! Hosts, their tokens and heartbeats.
 
 use sea_orm::ActiveValue::Set;
-use sea_orm::sea_query::Expr;
+use sea_orm::sea_query::{Expr, Query};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, Condition, DbErr, EntityTrait, QueryFilter, QueryOrder, TransactionTrait,
+    ActiveModelTrait, ColumnTrait, Condition, DbErr, EntityTrait, FromQueryResult, JoinType, QueryFilter,
+    QueryOrder, QuerySelect, QueryTrait, TransactionTrait,
 };
 
-use super::entity::{host, host_refresh_token, host_token, template_host};
+use super::entity::{host, host_refresh_token, host_token, sandbox, template_host};
 use super::events::record;
 use super::host_management::{revoke_one_time, revoke_refresh, wanted};
 use super::{Store, big, corrupt, int, unsigned};
 use crate::domain::event::{EventKind, EventPayload, NewEvent};
-use crate::domain::{Host, HostDeletion, HostId, HostOwner, HostStatus, Millis, TeamId, TemplateId, now};
+use crate::domain::{
+    Host, HostDeletion, HostId, HostOwner, HostStatus, Millis, SandboxStatus, TeamId, TemplateId, now,
+};
 
 /// What an agent tells about its machine, with the tokens it gets (hashed, but for the one that the
 /// control plane has to present, which is sealed).
@@ -76,6 +79,19 @@ impl HostFacts<'_> {
 }
 
 impl Store {
+    /// Whose the host is that a one-time token stands for, if there is one and it counts.
+    pub(crate) async fn host_token_owner(&self, one_time_hash: &str) -> Result<Option<HostOwner>, DbErr> {
+        let found = host_token::Entity::find()
+            .filter(host_token::Column::TokenHash.eq(one_time_hash))
+            .filter(host_token::Column::UsedAt.is_null())
+            .filter(host_token::Column::ExpiresAt.gt(now()))
+            .one(&self.db)
+            .await?;
+        let Some(token) = found else { return Ok(None) };
+        let host = host::Entity::find_by_id(token.host_id).one(&self.db).await?;
+        host.map(|host| owner(&host)).transpose()
+    }
+
     /// Uses up a one-time token and stores what the agent told, all or nothing. `None`: no such token,
     /// or used, or too old.
     pub(crate) async fn host_register(
@@ -414,20 +430,43 @@ impl Store {
             .collect()
     }
 
-    /// Online hosts that take a team's sandboxes and on which a template is ready, in a stable order.
+    /// Online hosts that take a team's sandboxes and on which a template is ready, in a stable order, and what sandboxes
+    /// hold of each.
     pub(crate) async fn hosts_with_template(
         &self,
         template: TemplateId,
         team: TeamId,
-    ) -> Result<Vec<Host>, DbErr> {
-        use sea_orm::sea_query::Query;
+    ) -> Result<Vec<(Host, OnHost)>, DbErr> {
+        use sea_orm::sea_query::ExprTrait as _;
+        const ARRIVING: [SandboxStatus; 2] = [SandboxStatus::Pending, SandboxStatus::Starting];
+        const HOLDING: [SandboxStatus; 6] = [
+            SandboxStatus::Pending,
+            SandboxStatus::Starting,
+            SandboxStatus::Running,
+            SandboxStatus::Pausing,
+            SandboxStatus::Snapshotting,
+            SandboxStatus::Resuming,
+        ];
+        let of = |column: sandbox::Column| (sandbox::Entity, column);
+        let word = SandboxStatus::as_str;
+        let arriving: Expr = Expr::case(
+            Expr::col(of(sandbox::Column::Status)).is_in(ARRIVING.map(word)),
+            Expr::col(of(sandbox::Column::MemoryMb)),
+        )
+        .finally(0)
+        .into();
         let holders = Query::select()
             .column(template_host::Column::HostId)
             .from(template_host::Entity)
             .and_where(template_host::Column::TemplateId.eq(template.0))
             .and_where(template_host::Column::Status.eq("ready"))
             .to_owned();
-        let rows = host::Entity::find()
+        let mut query = host::Entity::find()
+            .column_as(
+                Expr::col(of(sandbox::Column::Vcpus)).sum().cast_as("BIGINT"),
+                "held_vcpus",
+            )
+            .column_as(arriving.sum().cast_as("BIGINT"), "arriving_mb")
             .filter(host::Column::Status.eq(HostStatus::Online.as_str()))
             .filter(wanted())
             .filter(
@@ -436,11 +475,48 @@ impl Store {
                     .add(host::Column::TeamId.eq(team.0)),
             )
             .filter(host::Column::Id.in_subquery(holders))
-            .order_by_asc(host::Column::Id)
+            .group_by(host::Column::Id)
+            .order_by_asc(host::Column::Id);
+        // Beside each host what it holds: asked apart, it would be one more round trip for every create.
+        QueryTrait::query(&mut query).join(
+            JoinType::LeftJoin,
+            sandbox::Entity,
+            Condition::all()
+                .add(Expr::col(of(sandbox::Column::HostId)).equals((host::Entity, host::Column::Id)))
+                .add(Expr::col(of(sandbox::Column::Status)).is_in(HOLDING.map(word))),
+        );
+        query
+            .into_model::<Candidate>()
             .all(&self.db)
-            .await?;
-        rows.into_iter().map(domain).collect()
+            .await?
+            .into_iter()
+            .map(|found| {
+                let held = OnHost {
+                    vcpus: unsigned(found.held_vcpus.unwrap_or_default()),
+                    arriving_mb: unsigned(found.arriving_mb.unwrap_or_default()),
+                };
+                Ok((domain(found.host)?, held))
+            })
+            .collect()
     }
+}
+
+/// What sandboxes hold of a host.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct OnHost {
+    /// vCPUs of those that have a VM, or are about to.
+    pub(crate) vcpus: u64,
+    /// MiB of memory promised to those that the host does not count yet.
+    pub(crate) arriving_mb: u64,
+}
+
+/// A host that may take a sandbox; no sandbox, no sums.
+#[derive(FromQueryResult)]
+struct Candidate {
+    #[sea_orm(nested)]
+    host: host::Model,
+    held_vcpus: Option<i64>,
+    arriving_mb: Option<i64>,
 }
 
 /// What happens to a host concerns whose it is.

@@ -5,29 +5,19 @@ use std::collections::{BTreeMap, BTreeSet};
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, ExprTrait};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, Condition, ConnectionTrait as _, DbErr, EntityTrait, PaginatorTrait,
-    QueryFilter, QueryOrder, QuerySelect, TransactionTrait,
+    ColumnTrait, Condition, ConnectionTrait as _, DbErr, EntityTrait, PaginatorTrait, QueryFilter,
+    QueryOrder, QuerySelect, TransactionTrait,
 };
-use uuid::Uuid;
 
 use super::entity::Hidden;
 use super::entity::sandbox::{ActiveModel, Column, Entity, Model};
-use super::events::record;
+use super::events::{record, record_in_live_team};
 use super::{Outcome, Store, big, corrupt, int, unsigned};
 use crate::domain::around::AuditActor;
 use crate::domain::event::NewEvent;
 use crate::domain::{
     Actor, Failure, HostId, Millis, Sandbox, SandboxId, SandboxStatus, TeamId, TemplateId, now,
 };
-
-/// What sandboxes hold of a host.
-#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub(crate) struct OnHost {
-    /// vCPUs of those that have a VM, or are about to.
-    pub(crate) vcpus: u64,
-    /// MiB of memory promised to those that the host does not count yet.
-    pub(crate) arriving_mb: u64,
-}
 
 /// What the caller believes about a record; the update happens only if it is so.
 #[derive(Debug, Clone, Copy)]
@@ -149,12 +139,13 @@ impl Store {
             None,
         );
         let transaction = self.db.begin().await?;
-        row(sandbox)?.insert(&transaction).await?;
-        if !super::teams::team_held(&transaction, sandbox.team).await? {
+        Entity::insert(row(sandbox)?)
+            .exec_without_returning(&transaction)
+            .await?;
+        if !record_in_live_team(&transaction, created).await? {
             transaction.rollback().await?;
             return Ok(false);
         }
-        record(&transaction, created).await?;
         transaction.commit().await?;
         Ok(true)
     }
@@ -465,46 +456,6 @@ impl Store {
             .exec(&self.db)
             .await
             .map(drop)
-    }
-
-    /// What sandboxes hold of their hosts; hosts without any are left out.
-    pub(crate) async fn held_on(&self, hosts: &[HostId]) -> Result<BTreeMap<HostId, OnHost>, DbErr> {
-        const ARRIVING: [SandboxStatus; 2] = [SandboxStatus::Pending, SandboxStatus::Starting];
-        const HOLDING: [SandboxStatus; 6] = [
-            SandboxStatus::Pending,
-            SandboxStatus::Starting,
-            SandboxStatus::Running,
-            SandboxStatus::Pausing,
-            SandboxStatus::Snapshotting,
-            SandboxStatus::Resuming,
-        ];
-        let arriving: Expr = Expr::case(
-            Column::Status.is_in(words(&ARRIVING)),
-            Expr::col(Column::MemoryMb),
-        )
-        .finally(0)
-        .into();
-        let rows: Vec<(Uuid, i64, i64)> = Entity::find()
-            .select_only()
-            .column(Column::HostId)
-            .column_as(Expr::col(Column::Vcpus).sum().cast_as("BIGINT"), "vcpus")
-            .column_as(arriving.sum().cast_as("BIGINT"), "arriving_mb")
-            .filter(Column::HostId.is_in(hosts.iter().map(|host| host.0)))
-            .filter(Column::Status.is_in(words(&HOLDING)))
-            .group_by(Column::HostId)
-            .into_tuple()
-            .all(&self.db)
-            .await?;
-        Ok(rows
-            .into_iter()
-            .map(|(host, vcpus, arriving_mb)| {
-                let held = OnHost {
-                    vcpus: unsigned(vcpus),
-                    arriving_mb: unsigned(arriving_mb),
-                };
-                (HostId(host), held)
-            })
-            .collect())
     }
 }
 

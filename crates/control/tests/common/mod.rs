@@ -121,6 +121,8 @@ impl World {
         config.timings.stream_keepalive = Duration::from_millis(300);
         config.timings.recheck = Duration::from_millis(200);
         config.log_links = true;
+        // Simulated hosts are on this machine, those that teams bring too.
+        config.allow_private_byoc = true;
         config.timings.lease = Duration::from_millis(1500);
         // What a killed instance had taken is somebody else's soon.
         config.timings.event_claim = Duration::from_secs(1);

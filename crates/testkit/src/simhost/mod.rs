@@ -145,6 +145,12 @@ impl SimHost {
         }
     }
 
+    /// Where it serves.
+    #[must_use]
+    pub fn address(&self) -> std::net::SocketAddr {
+        self.address
+    }
+
     /// Where the control plane is; changes when a test restarts it.
     pub fn set_control(&mut self, control: &str) {
         control.clone_into(&mut self.control);

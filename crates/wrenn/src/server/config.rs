@@ -187,6 +187,12 @@ pub(crate) struct ControlArgs {
         help_heading = "Server"
     )]
     pub(crate) stopped_retention_days: u32,
+    /// Let notification channels send to private addresses, and over plain HTTP
+    #[arg(long, env = "WRENN_WEBHOOKS_ALLOW_PRIVATE", help_heading = "Server")]
+    pub(crate) webhooks_allow_private: bool,
+    /// Let teams' own hosts have private addresses, which the control plane then calls on their word
+    #[arg(long, env = "WRENN_BYOC_ALLOW_PRIVATE", help_heading = "Server")]
+    pub(crate) byoc_allow_private: bool,
     #[command(flatten)]
     pub(crate) accounts: super::accounts::AccountArgs,
 }
@@ -205,6 +211,8 @@ impl ControlArgs {
             vcpu_overcommit,
             disk_reserve_mb,
             stopped_retention_days,
+            webhooks_allow_private,
+            byoc_allow_private,
             accounts,
         } = self;
         let mut config = ControlConfig::new(data_dir);
@@ -231,6 +239,8 @@ impl ControlArgs {
         };
         config.around.stopped_keep =
             std::time::Duration::from_secs(u64::from(*stopped_retention_days) * 24 * 3600);
+        config.around.allow_private_webhooks = *webhooks_allow_private;
+        config.allow_private_byoc = *byoc_allow_private;
         accounts.apply(&mut config);
         Ok(config)
     }

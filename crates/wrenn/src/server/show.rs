@@ -55,6 +55,14 @@ pub(super) fn config(args: &UpArgs, json: bool) -> ExitCode {
             "WRENN_STOPPED_RETENTION_DAYS",
             args.control.stopped_retention_days.to_string(),
         ),
+        (
+            "WRENN_WEBHOOKS_ALLOW_PRIVATE",
+            args.control.webhooks_allow_private.to_string(),
+        ),
+        (
+            "WRENN_BYOC_ALLOW_PRIVATE",
+            args.control.byoc_allow_private.to_string(),
+        ),
         ("WRENN_AGENT_LISTEN", args.host.agent_listen.to_string()),
         (
             "WRENN_AGENT_URL",
