@@ -11,6 +11,7 @@
 //! ```
 
 mod boot;
+mod groups;
 mod initramfs;
 mod kernel;
 mod rootfs;

@@ -12,6 +12,7 @@ use tokio_util::task::TaskTracker;
 use wrenn_proto::id::{TeamId, TemplateId};
 
 use super::boot::{BootPlan, freeze};
+use super::groups::Groups;
 use super::rootfs::Recipe;
 use super::{BuildState, ENVD, Kernel, Progress, fingerprint, rootfs};
 use crate::error::{HostError, IoContext as _, Result};
@@ -114,8 +115,14 @@ impl Image {
         Ok(())
     }
 
-    /// Completes an image whose files are in place: protects them and writes the manifest last.
-    pub(crate) fn seal(dir: &ImageDir, qemu: &Qemu, mut manifest: Manifest) -> Result<()> {
+    /// Completes an image whose files are in place: writes the manifest, and lets `group` alone read what VM processes
+    /// need.
+    pub(crate) fn seal(
+        dir: &ImageDir,
+        qemu: &Qemu,
+        group: Option<u32>,
+        mut manifest: Manifest,
+    ) -> Result<()> {
         use std::os::unix::fs::PermissionsExt as _;
         let state = dir.state();
         let bytes = std::fs::read(&state).at("read", &state)?;
@@ -134,10 +141,10 @@ impl Image {
             (target, 0o400),
             (dir.path().into(), 0o750),
         ] {
-            if let Some(ids) = qemu.vm_ids {
-                std::os::unix::fs::chown(&path, Some(0), Some(ids.gid)).at("protect", &path)?;
+            if let Some(group) = group {
+                std::os::unix::fs::chown(&path, Some(0), Some(group)).at("protect", &path)?;
             }
-            let mode = if qemu.vm_ids.is_none() && path != dir.path() && mode == 0o440 {
+            let mode = if group.is_none() && path != dir.path() && mode == 0o440 {
                 0o400
             } else {
                 mode
@@ -173,6 +180,8 @@ pub(crate) struct TemplateStore {
     used: Mutex<HashMap<PathBuf, SystemTime>>,
     /// Held while images are taken in or out of use, so that one is not removed while it is found good.
     marks: Mutex<()>,
+    /// Groups that may read one template each; none where VM processes are the agent's own user's.
+    groups: Option<Groups>,
 }
 
 impl TemplateStore {
@@ -185,6 +194,7 @@ impl TemplateStore {
         let recipe = Recipe::minimal(ca_bundle)?;
         let platform = serde_json::to_vec(&qemu.platform()).unwrap_or_default();
         let minimal_key = fingerprint(&[&platform, ENVD, DEFAULT_USER.as_bytes(), recipe.key.as_bytes()]);
+        let groups = qemu.vm_ids.map(|ids| Groups::assign(&layout, ids));
         Ok(Self {
             layout,
             qemu,
@@ -198,7 +208,30 @@ impl TemplateStore {
             waiting: Arc::new(tokio::sync::Semaphore::new(WAITING_BUILDS)),
             used: Mutex::default(),
             marks: Mutex::default(),
+            groups,
         })
+    }
+
+    /// The group of the next template: that of no other.
+    pub(crate) fn take_group(&self) -> Result<Option<u32>> {
+        self.groups
+            .as_ref()
+            .map(|groups| groups.take(&self.layout))
+            .transpose()
+    }
+
+    /// The groups that a process needs beside that of all VMs to read an image and the disks below its own.
+    pub(crate) fn groups(&self, image: &Image) -> Result<Vec<u32>> {
+        let Some(groups) = &self.groups else {
+            return Ok(Vec::new());
+        };
+        let mut needed = Vec::from_iter(groups.of(image.dir.path())?);
+        if let Some(parent) = &image.manifest.parent {
+            for below in self.chain(parent)? {
+                needed.extend(groups.of(&self.layout.images().join(below))?);
+            }
+        }
+        Ok(needed)
     }
 
     /// The shape in which the built-in template is kept ready.
@@ -549,7 +582,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// What is in a folder; nothing when it is not there.
-fn children(dir: &Path) -> Vec<PathBuf> {
+pub(super) fn children(dir: &Path) -> Vec<PathBuf> {
     std::fs::read_dir(dir)
         .map(|entries| entries.filter_map(|entry| Some(entry.ok()?.path())).collect())
         .unwrap_or_default()

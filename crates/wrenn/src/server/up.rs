@@ -22,6 +22,7 @@ use super::{ControlPlaneArgs, HostAgentArgs, UpArgs};
 const VM_IDS: VmIds = VmIds {
     gid: 900_000,
     first_uid: 900_000,
+    first_template_gid: 1_000_000,
 };
 
 /// The whole platform in one process; the two halves speak as they would over a network.

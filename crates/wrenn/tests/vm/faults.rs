@@ -100,6 +100,7 @@ impl Inside {
             vm_ids: VmIds {
                 gid: 900_000,
                 first_uid: 900_000,
+                first_template_gid: 1_000_000,
             },
             // A machine that waits for its sandbox has some steps behind it: here each create goes all the way.
             pool: 0,
