@@ -412,6 +412,38 @@ fn every_failure_can_be_json() {
 }
 
 #[test]
+fn a_debian_mirror_is_checked_and_shown_without_its_password() {
+    let platform = Platform::start();
+    let shown = |mirror: &str| {
+        let mut command = platform.command(&["--json", "config"]);
+        command.env("WRENN_DEBIAN_MIRROR", mirror).output().unwrap()
+    };
+    let output = shown("https://me:secret@mirror.example/debian/");
+    let settings: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        settings["WRENN_DEBIAN_MIRROR"],
+        "https://me:****@mirror.example/debian"
+    );
+    let output = shown("mirror.example/debian");
+    assert_eq!(code(&output), 2);
+    let error = &told(&output)[0]["error"];
+    assert!(
+        error["message"]
+            .as_str()
+            .unwrap()
+            .contains("https://deb.debian.org/debian"),
+        "{error}"
+    );
+    let default: Value = serde_json::from_str(&platform.out(&["config", "--json"])).unwrap();
+    assert!(
+        default["WRENN_DEBIAN_MIRROR"]
+            .as_str()
+            .unwrap()
+            .contains("machine")
+    );
+}
+
+#[test]
 fn the_local_platform_is_found_by_its_file() {
     let platform = Platform::start();
     let bare = |args: &[&str]| {

@@ -14,7 +14,7 @@ use wrenn_proto::id::{TeamId, TemplateId};
 use super::boot::{BootPlan, freeze};
 use super::groups::Groups;
 use super::rootfs::Recipe;
-use super::{BuildState, ENVD, Kernel, Progress, fingerprint, rootfs};
+use super::{BuildState, DebianMirror, ENVD, Kernel, Progress, fingerprint, rootfs};
 use crate::error::{HostError, IoContext as _, Result};
 use crate::layout::{ImageDir, Layout, WorkDir};
 use crate::manager::slots::Slots;
@@ -164,6 +164,8 @@ pub(crate) struct TemplateStore {
     layout: Layout,
     qemu: Arc<Qemu>,
     recipe: Recipe,
+    /// Where packages come from, other than the machine's own settings say.
+    mirror: Option<DebianMirror>,
     /// Part of the name of the built-in template's images: what they depend on. Made once, for the agent in it is large.
     minimal_key: String,
     slots: Arc<Slots>,
@@ -190,6 +192,7 @@ impl TemplateStore {
         qemu: Arc<Qemu>,
         slots: Arc<Slots>,
         ca_bundle: Option<PathBuf>,
+        mirror: Option<DebianMirror>,
     ) -> Result<Self> {
         let recipe = Recipe::minimal(ca_bundle)?;
         let platform = serde_json::to_vec(&qemu.platform()).unwrap_or_default();
@@ -199,6 +202,7 @@ impl TemplateStore {
             layout,
             qemu,
             recipe,
+            mirror,
             minimal_key,
             slots,
             minimal: Progress::new(),
@@ -431,8 +435,9 @@ impl TemplateStore {
 
     async fn make_minimal(&self, shape: Shape, progress: &Progress) -> Result<Image> {
         let started = std::time::Instant::now();
-        let kernel = Kernel::ensure(&self.layout, progress).await?;
-        let rootfs = rootfs::ensure(&self.layout, &self.recipe, progress).await?;
+        let mirror = self.mirror.as_ref();
+        let kernel = Kernel::ensure(&self.layout, mirror, self.recipe.suite, progress).await?;
+        let rootfs = rootfs::ensure(&self.layout, &self.recipe, mirror, progress).await?;
         let slot = self.slots.take()?;
         let name = uuid::Uuid::new_v4().simple().to_string();
         let work = WorkDir::create(self.layout.tmp().join(format!("build-{name}")))?;
@@ -603,7 +608,7 @@ mod tests {
             vm_ids: None,
         };
         let layout = Layout::create(&root.join("data"), &root.join("cache")).unwrap();
-        Arc::new(TemplateStore::new(layout, Arc::new(qemu), Slots::new(1), None).unwrap())
+        Arc::new(TemplateStore::new(layout, Arc::new(qemu), Slots::new(1), None, None).unwrap())
     }
 
     fn image(store: &TemplateStore, key: &str, parent: Option<PathBuf>) -> PathBuf {

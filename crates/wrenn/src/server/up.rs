@@ -226,6 +226,7 @@ fn host_config(
         egress: host.egress(),
         capacity: host.capacity(),
         guest_ca_bundle: host.ca_bundle(),
+        debian_mirror: host.debian_mirror.clone(),
         vm_ids: VM_IDS,
         pool: host.pool,
         fault: None,

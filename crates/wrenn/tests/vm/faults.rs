@@ -97,6 +97,7 @@ impl Inside {
                 max_vms: 3,
             },
             guest_ca_bundle: ca_bundle(),
+            debian_mirror: None,
             vm_ids: VmIds {
                 gid: 900_000,
                 first_uid: 900_000,
