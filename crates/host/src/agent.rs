@@ -16,7 +16,7 @@ use crate::manager::{Capacity, FaultHook, Manager, Parts};
 use crate::net::EgressPolicy;
 use crate::register::Reporter;
 use crate::rpc::Service;
-use crate::template::{BuildState, TemplateStore};
+use crate::template::{BuildState, DebianMirror, TemplateStore};
 use crate::vmm::{Accelerator, MemoryCgroup, Qemu, VmIds};
 
 /// What a host agent is started with.
@@ -42,6 +42,8 @@ pub struct HostConfig {
     pub capacity: Capacity,
     /// PEM bundle that guests of the built-in template trust instead of Debian's.
     pub guest_ca_bundle: Option<PathBuf>,
+    /// Where the built-in template's packages come from, other than the machine's own settings say.
+    pub debian_mirror: Option<DebianMirror>,
     /// When running as root: the ids of VM processes.
     pub vm_ids: VmIds,
     /// Virtual machines of the built-in template that wait, restored and warm, for the next creates.
@@ -88,6 +90,7 @@ impl HostAgent {
             Arc::clone(&qemu),
             Arc::clone(&slots),
             config.guest_ca_bundle.clone(),
+            config.debian_mirror.clone(),
         )?);
         let (manager, events) = Manager::new(Parts {
             layout,

@@ -28,20 +28,25 @@ pub(crate) const REGISTRATION: &str = "host.json";
 
 /// Replaces a file that only the agent reads, whole or not at all.
 pub(crate) fn write_private(path: &Path, value: &impl serde::Serialize) -> Result<()> {
-    use std::io::Write as _;
-    use std::os::unix::fs::OpenOptionsExt as _;
     let bytes = serde_json::to_vec_pretty(value)
         .map_err(|error| HostError::Vmm(format!("cannot write {}: {error}", path.display())))?;
     let partial = path.with_extension("json.new");
+    write_secret(&partial, &bytes)?;
+    std::fs::rename(&partial, path).at("write", path)
+}
+
+/// Writes a file that only this user may read.
+pub(crate) fn write_secret(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
     let mut file = std::fs::File::options()
         .write(true)
         .create(true)
         .truncate(true)
         .mode(0o600)
-        .open(&partial)
-        .at("write", &partial)?;
-    file.write_all(&bytes).at("write", &partial)?;
-    std::fs::rename(&partial, path).at("write", path)
+        .open(path)
+        .at("write", path)?;
+    file.write_all(bytes).at("write", path)
 }
 
 /// Paths below the data directory and the cache directory.

@@ -22,4 +22,4 @@ pub use error::HostError;
 pub use layout::Layout;
 pub use manager::{Capacity, FaultHook, Step, meminfo_mb};
 pub use register::registered_host;
-pub use template::{BuildState, tool_path};
+pub use template::{BuildState, DebianMirror, tool_path};

@@ -42,11 +42,18 @@ enum Command {
 fn main() -> ExitCode {
     // Before anything reads the environment, and before there is a second thread.
     let env_file = dotenvy::dotenv();
-    let Cli { global, command } = Cli::parse();
+    let Cli { global, command } = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() && cli::told::wants_json(std::env::args_os()) => {
+            eprintln!("{}", cli::told::usage_line(&error));
+            return ExitCode::from(2);
+        }
+        Err(error) => error.exit(),
+    };
     if let Err(error) = env_file
         && !error.not_found()
     {
-        eprintln!("wrenn: the file .env is not used: {error}");
+        cli::told::warn(global.json, &format!("the file .env is not used: {error}"), None);
     }
     match command {
         Command::User(command) => cli::main(global, command),

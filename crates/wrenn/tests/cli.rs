@@ -265,6 +265,184 @@ fn failures_of_the_platform_have_code_125_and_a_remedy() {
     assert!(err(&output).contains("WRENN_API_KEY"));
 }
 
+/// The lines of standard error, each a JSON object.
+fn told(output: &Output) -> Vec<Value> {
+    err(output)
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("no JSON: {line}")))
+        .collect()
+}
+
+#[test]
+fn every_result_can_be_json() {
+    let platform = Platform::start();
+    let id = platform.stub.sandbox();
+    platform.write("data.csv", "a,b");
+    let there = format!("{id}:/data.csv");
+    let json = |args: &[&str]| -> Value {
+        let output = platform.run(&[&["--json"], args].concat());
+        assert_eq!((code(&output), err(&output).as_str()), (0, ""), "{args:?}");
+        serde_json::from_slice(&output.stdout).unwrap_or_else(|error| panic!("{args:?}: {error}"))
+    };
+    assert_eq!(json(&["run", "--keep", "--", "true"])["exit_code"], 0);
+    assert_eq!(json(&["sandbox", "create"])["status"], "running");
+    assert_eq!(json(&["sandbox", "ls"]).as_array().map(Vec::len), Some(3));
+    assert_eq!(json(&["sandbox", "get", &id])["id"], *id);
+    assert_eq!(
+        json(&["sandbox", "exec", &id, "--", "echo", "hi"])["stdout"],
+        "hi\n"
+    );
+    assert!(json(&["sandbox", "exec", "-d", &id, "sleep", "1"])["tag"].is_string());
+    assert_eq!(json(&["sandbox", "cp", "data.csv", &there])["bytes"], 3);
+    assert_eq!(json(&["sandbox", "cp", &there, "back.csv"])["files"], 1);
+    let broken = json(&["sandbox", "create", "--template", "broken", "--no-wait"]);
+    let broken = broken["id"].as_str().unwrap();
+    assert!(json(&["sandbox", "logs", broken])["console"].is_string());
+    assert_eq!(
+        json(&["snapshot", "create", &id, "--name", "mine"])["name"],
+        "mine"
+    );
+    assert_eq!(json(&["snapshot", "ls"])[0]["name"], "mine");
+    assert!(json(&["template", "ls"]).is_array());
+    assert_eq!(json(&["snapshot", "rm", "mine"])[0], "mine");
+    for change in ["pause", "resume", "rm"] {
+        assert_eq!(json(&["sandbox", change, &id])[0], *id);
+    }
+    // Of the servers' commands, which write a log to standard error.
+    let json = |args: &[&str]| -> Value {
+        serde_json::from_str(&platform.out(&[&["--json"], args].concat())).unwrap()
+    };
+    assert_eq!(json(&["openapi"])["openapi"], "3.1.0");
+    assert!(json(&["config"])["WRENN_LISTEN"].is_string());
+    assert!(json(&["migrate", "up"])[0]["applied"].as_bool().unwrap());
+    assert!(json(&["migrate", "status"])[0]["known"].as_bool().unwrap());
+    let token = json(&["control-plane", "--issue-host-token"]);
+    assert!(token["token"].is_string() && token["host_id"].is_string() && token["api_key"].is_string());
+    let admin = ["--json", "admin", "create", "--email", "a@example.com"];
+    let admin = platform.feed(&admin, b"a long enough password\n");
+    let admin: Value = serde_json::from_slice(&admin.stdout).unwrap();
+    assert!(
+        admin["id"].is_string() && admin["email"] == "a@example.com",
+        "{admin}"
+    );
+}
+
+#[test]
+fn followed_output_is_lines_of_json() {
+    let platform = Platform::start();
+    let id = platform.stub.sandbox();
+    let output = platform.run(&["--json", "sandbox", "logs", &id, "--process", "web"]);
+    assert_eq!((code(&output), err(&output).as_str()), (0, ""));
+    let lines: Vec<Value> = String::from_utf8(output.stdout)
+        .unwrap()
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
+    // What is no text is told as base64: "listening\xff\n".
+    let said: Vec<&Value> = lines.iter().filter(|line| line["type"] == "stdout").collect();
+    assert!(
+        said.iter()
+            .any(|line| line["encoding"] == "base64" && line["data"] == "bGlzdGVuaW5n/wo="),
+        "{lines:?}"
+    );
+    assert_eq!(
+        lines.last().unwrap(),
+        &serde_json::json!({"type": "exit", "exit_code": 3})
+    );
+}
+
+#[test]
+fn every_failure_can_be_json() {
+    let platform = Platform::start();
+    let id = platform.stub.sandbox();
+    let gone = "sb-0198c0de-0000-7000-8000-00000000dead";
+    let cases: [(&[&str], i32, &str); 10] = [
+        (&["sandbox", "get", gone], 125, "not_found"),
+        (&["snapshot", "rm", "none"], 125, "not_found"),
+        (
+            &["run", "--template", "broken", "--", "true"],
+            125,
+            "sandbox_failed",
+        ),
+        (
+            &["sandbox", "cp", "no-such-file", &format!("{id}:/x")],
+            1,
+            "local",
+        ),
+        (&["sandbox", "cp", "one", "other"], 2, "usage"),
+        (&["sandbox", "shell", &id], 2, "usage"),
+        (&["sandbox", "exec", "--tty", &id, "sh"], 2, "usage"),
+        (&["sandbox", "gett", &id], 2, "usage"),
+        (&["sandbox"], 2, "usage"),
+        (
+            &["migrate", "status", "--database-url", "mysql://there"],
+            1,
+            "failed",
+        ),
+    ];
+    for (args, expected, kind) in cases {
+        let output = platform.run(&[&["--json"], args].concat());
+        let lines = told(&output);
+        assert_eq!(code(&output), expected, "{args:?}");
+        // Nothing, or of several things those that were done.
+        assert!(matches!(output.stdout.as_slice(), b"" | b"[]\n"), "{args:?}");
+        let error = &lines.last().expect("an error")["error"];
+        assert_eq!(error["code"], kind, "{args:?}: {error}");
+        assert!(error["message"].as_str().is_some_and(|text| !text.is_empty()));
+    }
+    // The last lines of a console, and what was not copied.
+    let output = platform.run(&["--json", "run", "--template", "broken", "--", "true"]);
+    let console = told(&output)[0]["error"]["console"].to_string();
+    assert!(console.contains("Kernel panic"), "{console}");
+    std::fs::create_dir(platform.stub.root.join("hostile")).unwrap();
+    let output = platform.run(&["--json", "sandbox", "cp", &format!("{id}:/hostile"), "out"]);
+    let warnings = told(&output);
+    assert!(
+        !warnings.is_empty() && warnings.iter().all(|line| line["warning"]["message"].is_string()),
+        "{warnings:?}"
+    );
+    // Of several, those that can be deleted are.
+    platform.out(&["snapshot", "create", &id, "--name", "mine"]);
+    let output = platform.run(&["--json", "snapshot", "rm", "none", "mine"]);
+    assert_eq!((code(&output), told(&output).len()), (125, 1));
+    assert_eq!(
+        serde_json::from_slice::<Value>(&output.stdout).unwrap(),
+        serde_json::json!(["mine"])
+    );
+}
+
+#[test]
+fn a_debian_mirror_is_checked_and_shown_without_its_password() {
+    let platform = Platform::start();
+    let shown = |mirror: &str| {
+        let mut command = platform.command(&["--json", "config"]);
+        command.env("WRENN_DEBIAN_MIRROR", mirror).output().unwrap()
+    };
+    let output = shown("https://me:secret@mirror.example/debian/");
+    let settings: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        settings["WRENN_DEBIAN_MIRROR"],
+        "https://me:****@mirror.example/debian"
+    );
+    let output = shown("mirror.example/debian");
+    assert_eq!(code(&output), 2);
+    let error = &told(&output)[0]["error"];
+    assert!(
+        error["message"]
+            .as_str()
+            .unwrap()
+            .contains("https://deb.debian.org/debian"),
+        "{error}"
+    );
+    let default: Value = serde_json::from_str(&platform.out(&["config", "--json"])).unwrap();
+    assert!(
+        default["WRENN_DEBIAN_MIRROR"]
+            .as_str()
+            .unwrap()
+            .contains("machine")
+    );
+}
+
 #[test]
 fn the_local_platform_is_found_by_its_file() {
     let platform = Platform::start();

@@ -308,36 +308,73 @@ fn open_target(path: &Path, user: &User, wanted: &BTreeMap<String, String>) -> R
         )));
     }
     let created = found.is_err();
+    // What is there is not given up before its new attributes are set: these can be refused for their size, or for the
+    // file system. Without any, one call empties the file.
+    let careful = !created && !wanted.is_empty();
     // Should the path become a pipe just now, this refuses instead of waiting for its reader.
     let nonblock = i32::try_from(rustix::fs::OFlags::NONBLOCK.bits()).unwrap_or(0);
     let file = OpenOptions::new()
         .write(true)
         .create(true)
-        .truncate(true)
+        .truncate(!careful)
         .mode(0o644)
         .custom_flags(nonblock)
         .open(path)
         .map_err(|error| refused(path, &error))?;
-    match fchown(&file, Some(user.uid), Some(user.gid)) {
-        Ok(()) => {}
+    let own = || match fchown(&file, Some(user.uid), Some(user.gid)) {
         // Without root the file belongs to the agent's own user, the only one it can act as.
-        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {}
-        Err(error) => return Err(refused(path, &error)),
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => Ok(()),
+        outcome => outcome,
+    };
+    let prepared = if careful {
+        replace_metadata(&file, &metadata(path), wanted)
+            .and_then(|()| own())
+            .and_then(|()| file.set_len(0))
+    } else {
+        let present = if created { BTreeMap::new() } else { metadata(path) };
+        own().and_then(|()| replace_metadata(&file, &present, wanted))
+    };
+    match prepared {
+        Ok(()) => Ok(Target { file, created }),
+        Err(error) => {
+            if created {
+                // Nobody asked for a file without content and attributes.
+                let _ = std::fs::remove_file(path);
+            }
+            Err(refused(path, &error))
+        }
     }
-    let present = if created { BTreeMap::new() } else { metadata(path) };
+}
+
+/// Gives a file the attributes `wanted` instead of `present`, all or none.
+fn replace_metadata(
+    file: &File,
+    present: &BTreeMap<String, String>,
+    wanted: &BTreeMap<String, String>,
+) -> io::Result<()> {
+    let set = |key: &str, value: Option<&String>| {
+        let name = format!("{XATTR_PREFIX}{key}");
+        match value {
+            Some(value) => fsetxattr(file, name, value.as_bytes(), XattrFlags::empty()),
+            None => fremovexattr(file, name),
+        }
+    };
+    let mut touched = Vec::new();
+    // Those that go first: they share their room with those that come.
     for key in present.keys().filter(|key| !wanted.contains_key(*key)) {
-        let _ = fremovexattr(&file, format!("{XATTR_PREFIX}{key}"));
+        let _ = set(key, None);
+        touched.push(key);
     }
     for (key, value) in wanted {
-        fsetxattr(
-            &file,
-            format!("{XATTR_PREFIX}{key}"),
-            value.as_bytes(),
-            XattrFlags::empty(),
-        )
-        .map_err(|error| refused(path, &io::Error::from(error)))?;
+        if let Err(error) = set(key, Some(value)) {
+            for key in touched.into_iter().rev() {
+                let _ = set(key, present.get(key));
+            }
+            return Err(error.into());
+        }
+        touched.push(key);
     }
-    Ok(Target { file, created })
+    Ok(())
 }
 
 /// Copies the body into the file, a buffer at a time.

@@ -296,6 +296,42 @@ async fn metadata_is_replaced_as_a_set() {
 }
 
 #[tokio::test]
+async fn metadata_that_cannot_be_set_leaves_everything_as_it_was() {
+    let agent = Agent::start().await;
+    // No file system takes an attribute of more than 64 KiB.
+    let long = "x".repeat(70_000);
+    let send = async |path: &str, headers: &[(&str, &str)]| {
+        let mut request = agent
+            .post(&format!("/files?path={path}"))
+            .header("Content-Type", "application/octet-stream")
+            .body("new");
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        request.send().await.expect("an answer").status().as_u16()
+    };
+    let refused = [("X-Metadata-a", "9"), ("X-Metadata-z", long.as_str())];
+    assert_eq!(send("made/fresh", &refused).await, 400);
+    assert!(!agent.path("made/fresh").exists(), "half a file is left");
+    if send("f", &[("X-Metadata-a", "1"), ("X-Metadata-b", "2")]).await != 200 {
+        eprintln!("skipped: no extended attributes on this file system");
+        return;
+    }
+    fs::write(agent.path("f"), "what was there").expect("written");
+    assert_eq!(send("f", &refused).await, 400);
+    assert_eq!(
+        fs::read_to_string(agent.path("f")).expect("readable"),
+        "what was there"
+    );
+    let answer = agent
+        .ok("filesystem.Filesystem/Stat", json!({ "path": "f" }))
+        .await;
+    assert_eq!(answer["entry"]["metadata"], json!({ "a": "1", "b": "2" }));
+    assert_eq!(send("f", &[("X-Metadata-a", "3")]).await, 200);
+    assert_eq!(fs::read_to_string(agent.path("f")).expect("readable"), "new");
+}
+
+#[tokio::test]
 async fn an_existing_file_keeps_its_mode() {
     let agent = Agent::start().await;
     fs::write(agent.path("script"), "a longer content than the new one").expect("written");

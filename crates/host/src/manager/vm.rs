@@ -161,7 +161,7 @@ pub(crate) async fn restore(shared: &Shared, dir: &VmDir, image: Image, disk_mb:
     shared.step(Step::Launch)?;
     let launched = shared
         .qemu
-        .launch(&launch_spec(dir, disk_mb, &image, &slot))
+        .launch(&launch_spec(shared, dir, disk_mb, &image, &slot)?)
         .await?;
     shared.step(Step::Restore)?;
     let mut vm = launched.load(dir, &image.dir.state()).await?;
@@ -274,8 +274,14 @@ impl Restored {
     }
 }
 
-fn launch_spec<'a>(dir: &'a VmDir, disk_mb: u32, image: &'a Image, slot: &Slot) -> LaunchSpec<'a> {
-    LaunchSpec {
+fn launch_spec<'a>(
+    shared: &Shared,
+    dir: &'a VmDir,
+    disk_mb: u32,
+    image: &'a Image,
+    slot: &Slot,
+) -> Result<LaunchSpec<'a>> {
+    Ok(LaunchSpec {
         name: dir
             .path()
             .file_name()
@@ -286,8 +292,9 @@ fn launch_spec<'a>(dir: &'a VmDir, disk_mb: u32, image: &'a Image, slot: &Slot) 
         shape: image.manifest.shape,
         disk_mb,
         memory: image.memory_path(),
+        groups: shared.templates.groups(image)?,
         boot: None,
-    }
+    })
 }
 
 /// `sandbox-` and the last digits of the id: unique, and short enough for a prompt.
@@ -427,7 +434,7 @@ async fn bring_back(shared: &Arc<Shared>, dir: &VmDir, record: &mut Record) -> R
     shared.step(Step::Launch)?;
     let launched = shared
         .qemu
-        .launch(&launch_spec(dir, record.disk_mb, &image, &slot))
+        .launch(&launch_spec(shared, dir, record.disk_mb, &image, &slot)?)
         .await?;
     shared.step(Step::Restore)?;
     let mapped = launched.memory(&image.dir.memory())?;
@@ -494,6 +501,7 @@ pub(crate) async fn snapshot(
     team: TeamId,
     template: TemplateId,
 ) -> Result<u64> {
+    use std::os::unix::fs::DirBuilderExt as _;
     let target = shared.templates.snapshot_path(team, template);
     if target.exists() {
         // A repeated request; the template is complete, for it is renamed into place.
@@ -507,7 +515,11 @@ pub(crate) async fn snapshot(
         .layout
         .tmp()
         .join(format!("snapshot-{}", uuid::Uuid::new_v4().simple()));
-    std::fs::create_dir(&work).at("create", &work)?;
+    // Until the parts are protected one by one, the folder protects them.
+    std::fs::DirBuilder::new()
+        .mode(0o700)
+        .create(&work)
+        .at("create", &work)?;
     let image = ImageDir::new(work.clone());
     let outcome = async {
         match running {
@@ -531,7 +543,7 @@ pub(crate) async fn snapshot(
             }
         }
         shared.step(Step::SnapshotFinish)?;
-        let parent = shorten(shared, record, &image).await?;
+        let parent = shorten(shared, record, &base, &image).await?;
         let (from, to) = (base.dir.memory(), image.memory());
         let diff = image.path().join("memory.diff");
         blocking(move || {
@@ -555,7 +567,7 @@ pub(crate) async fn snapshot(
             kernel: base.manifest.kernel.clone(),
             parent: Some(parent),
         };
-        Image::seal(&image, &shared.qemu, manifest)?;
+        Image::seal(&image, &shared.qemu, shared.templates.take_group()?, manifest)?;
         if let Some(parent) = target.parent() {
             std::fs::create_dir_all(parent).at("create", parent)?;
         }
@@ -585,7 +597,7 @@ const MAX_CHAIN: usize = 8;
 
 /// Puts a new image's disk on the lowest one of its chain when there are many between. Returns the image that it stands
 /// on.
-async fn shorten(shared: &Shared, record: &Record, image: &ImageDir) -> Result<PathBuf> {
+async fn shorten(shared: &Shared, record: &Record, base: &Image, image: &ImageDir) -> Result<PathBuf> {
     let chain = shared.templates.chain(&record.image)?;
     let Some(lowest) = chain.last().filter(|_| chain.len() >= MAX_CHAIN) else {
         return Ok(record.image.clone());
@@ -596,7 +608,13 @@ async fn shorten(shared: &Shared, record: &Record, image: &ImageDir) -> Result<P
     std::fs::rename(image.disk(), dir.disk()).at("move", image.disk())?;
     shared
         .qemu
-        .rebase(&dir, slot.number(), &backing, record.disk_mb)
+        .rebase(
+            &dir,
+            slot.number(),
+            &shared.templates.groups(base)?,
+            &backing,
+            record.disk_mb,
+        )
         .await?;
     let disk = folder::open_file(&dir.disk())?;
     copy_open(&disk, &image.disk())?;

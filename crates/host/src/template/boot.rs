@@ -100,6 +100,8 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
         shape: plan.shape,
         disk_mb: plan.disk_mb,
         memory: Path::new(MEMORY),
+        // The root filesystem is everybody's.
+        groups: Vec::new(),
         boot: Some(BootSource {
             kernel: Path::new(KERNEL),
             initramfs: Path::new(INITRAMFS),
@@ -132,6 +134,7 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
     Image::seal(
         &image,
         qemu,
+        qemu.vm_ids.map(|ids| ids.gid),
         Manifest {
             platform: qemu.platform(),
             shape: plan.shape,

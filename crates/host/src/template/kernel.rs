@@ -6,6 +6,7 @@ use std::process::Stdio;
 
 use tokio::process::Command;
 
+use super::mirror::{Apt, DebianMirror};
 use super::{Progress, initramfs};
 use crate::error::{HostError, IoContext as _, Result};
 use crate::layout::Layout;
@@ -47,19 +48,39 @@ impl Kernel {
         })
     }
 
-    /// Finds an unpacked kernel, or fetches one.
-    pub(super) async fn ensure(layout: &Layout, progress: &Progress) -> Result<Self> {
+    /// Finds an unpacked kernel, or fetches one: the newest that the machine's own package sources have, or a mirror
+    /// for `suite`.
+    pub(super) async fn ensure(
+        layout: &Layout,
+        mirror: Option<&DebianMirror>,
+        suite: &str,
+        progress: &Progress,
+    ) -> Result<Self> {
         if let Some(kernel) = Self::newest(layout) {
             return Ok(kernel);
         }
         progress.step(2, "fetching Debian's cloud kernel package");
+        let work = layout
+            .kernels()
+            .join(format!(".fetch-{}", uuid::Uuid::new_v4().simple()));
+        std::fs::create_dir_all(&work).at("create", &work)?;
+        let outcome = async {
+            let apt = Apt::prepare(mirror, suite, &work).await?;
+            Self::fetch(layout, &apt, &work, progress).await
+        }
+        .await;
+        let _ = std::fs::remove_dir_all(&work);
+        outcome
+    }
+
+    async fn fetch(layout: &Layout, apt: &Apt, work: &Path, progress: &Progress) -> Result<Self> {
         let meta = match std::env::consts::ARCH {
             "aarch64" => "linux-image-cloud-arm64",
             _ => "linux-image-cloud-amd64",
         };
         let depends = run(
             "apt-cache",
-            Command::new("apt-cache").args(["depends", "--important", meta]),
+            apt.command("apt-cache").args(["depends", "--important", meta]),
         )
         .await?;
         let package = depends
@@ -70,27 +91,11 @@ impl Kernel {
                 program: "apt-cache",
                 detail: format!("no kernel behind the package {meta}; run 'apt-get update' first"),
             })?;
-        let version = package.trim_start_matches("linux-image-").to_owned();
-        let work = layout
-            .kernels()
-            .join(format!(".{version}.{}", uuid::Uuid::new_v4().simple()));
-        std::fs::create_dir_all(&work).at("create", &work)?;
-        let outcome = Self::fetch(layout, &package, &version, &work, progress).await;
-        let _ = std::fs::remove_dir_all(&work);
-        outcome
-    }
-
-    async fn fetch(
-        layout: &Layout,
-        package: &str,
-        version: &str,
-        work: &Path,
-        progress: &Progress,
-    ) -> Result<Self> {
+        let version = package.trim_start_matches("linux-image-");
         run(
             "apt-get",
-            Command::new("apt-get")
-                .args(["download", "-q", package])
+            apt.command("apt-get")
+                .args(["download", "-q", &package])
                 .current_dir(work),
         )
         .await?;

@@ -11,13 +11,16 @@
 //! ```
 
 mod boot;
+mod groups;
 mod initramfs;
 mod kernel;
+mod mirror;
 mod rootfs;
 pub(crate) mod store;
 
 pub(crate) use kernel::run;
 pub use kernel::{Kernel, tool_path};
+pub use mirror::DebianMirror;
 pub(crate) use store::{Image, TemplateStore};
 
 use std::sync::Arc;

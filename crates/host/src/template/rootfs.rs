@@ -6,6 +6,7 @@ use std::process::Stdio;
 use tokio::io::{AsyncBufReadExt as _, BufReader};
 use tokio::process::Command;
 
+use super::mirror::{self, Apt, DebianMirror};
 use super::{Progress, fingerprint};
 use crate::error::{HostError, IoContext as _, Result};
 use crate::layout::Layout;
@@ -97,7 +98,12 @@ rm -rf "$4"
 "#;
 
 /// Returns the image, from the cache when the same recipe was built before on this machine.
-pub(super) async fn ensure(layout: &Layout, recipe: &Recipe, progress: &Progress) -> Result<PathBuf> {
+pub(super) async fn ensure(
+    layout: &Layout,
+    recipe: &Recipe,
+    mirror: Option<&DebianMirror>,
+    progress: &Progress,
+) -> Result<PathBuf> {
     let key = &recipe.key;
     let image = layout.base_images().join(format!("{key}.ext4"));
     if image.is_file() {
@@ -105,7 +111,7 @@ pub(super) async fn ensure(layout: &Layout, recipe: &Recipe, progress: &Progress
     }
     let cached = layout.rootfs_cache().join(format!("{key}.ext4"));
     if !cached.is_file() {
-        build(layout, recipe, &cached, progress).await?;
+        build(layout, recipe, mirror, &cached, progress).await?;
     }
     // The data directory keeps a file of its own: it must survive a cache that is emptied.
     progress.step(70, "taking the root filesystem");
@@ -120,7 +126,13 @@ pub(super) async fn ensure(layout: &Layout, recipe: &Recipe, progress: &Progress
     Ok(image)
 }
 
-async fn build(layout: &Layout, recipe: &Recipe, cached: &Path, progress: &Progress) -> Result<()> {
+async fn build(
+    layout: &Layout,
+    recipe: &Recipe,
+    mirror: Option<&DebianMirror>,
+    cached: &Path,
+    progress: &Progress,
+) -> Result<()> {
     let cache = layout.rootfs_cache();
     sweep(&cache).await;
     let work = cache.join(format!("{WORK}{}", uuid::Uuid::new_v4().simple()));
@@ -129,7 +141,7 @@ async fn build(layout: &Layout, recipe: &Recipe, cached: &Path, progress: &Progr
     let lock = std::fs::File::create(&lock_path).at("create", &lock_path)?;
     lock.lock().at("lock", &lock_path)?;
     std::fs::create_dir_all(&work).at("create", &work)?;
-    let outcome = build_in(&work, recipe, cached, progress).await;
+    let outcome = build_in(&work, recipe, mirror, cached, progress).await;
     clear(&work).await;
     let _ = std::fs::remove_file(&lock_path);
     outcome
@@ -192,7 +204,14 @@ fn mapped(program: &str) -> Command {
     command
 }
 
-async fn build_in(work: &Path, recipe: &Recipe, cached: &Path, progress: &Progress) -> Result<()> {
+async fn build_in(
+    work: &Path,
+    recipe: &Recipe,
+    mirror: Option<&DebianMirror>,
+    cached: &Path,
+    progress: &Progress,
+) -> Result<()> {
+    let apt = Apt::prepare(mirror, recipe.suite, work).await?;
     let root = rustix::process::geteuid().is_root();
     let archive = work.join("rootfs.tar");
     let bundle = recipe
@@ -210,6 +229,11 @@ async fn build_in(work: &Path, recipe: &Recipe, cached: &Path, progress: &Progre
         .arg(format!("--customize-hook={hook}"))
         .arg(recipe.suite)
         .arg(&archive);
+    if let Some(sources) = &apt.sources {
+        // The hooks run in order, and come before the mirror.
+        command.arg(format!("--customize-hook={}", mirror::forget(recipe.suite)));
+        command.arg(sources);
+    }
     progress.step(10, "installing Debian packages (about a minute)");
     follow(&mut command, progress).await?;
 

@@ -12,8 +12,9 @@ use tokio_util::task::TaskTracker;
 use wrenn_proto::id::{TeamId, TemplateId};
 
 use super::boot::{BootPlan, freeze, kernel_settings};
+use super::groups::Groups;
 use super::rootfs::Recipe;
-use super::{BuildState, ENVD, Kernel, Progress, fingerprint, rootfs};
+use super::{BuildState, DebianMirror, ENVD, Kernel, Progress, fingerprint, rootfs};
 use crate::error::{HostError, IoContext as _, Result};
 use crate::layout::{ImageDir, Layout, WorkDir};
 use crate::manager::slots::Slots;
@@ -114,8 +115,14 @@ impl Image {
         Ok(())
     }
 
-    /// Completes an image whose files are in place: protects them and writes the manifest last.
-    pub(crate) fn seal(dir: &ImageDir, qemu: &Qemu, mut manifest: Manifest) -> Result<()> {
+    /// Completes an image whose files are in place: writes the manifest, and lets `group` alone read what VM processes
+    /// need.
+    pub(crate) fn seal(
+        dir: &ImageDir,
+        qemu: &Qemu,
+        group: Option<u32>,
+        mut manifest: Manifest,
+    ) -> Result<()> {
         use std::os::unix::fs::PermissionsExt as _;
         let state = dir.state();
         let bytes = std::fs::read(&state).at("read", &state)?;
@@ -134,10 +141,10 @@ impl Image {
             (target, 0o400),
             (dir.path().into(), 0o750),
         ] {
-            if let Some(ids) = qemu.vm_ids {
-                std::os::unix::fs::chown(&path, Some(0), Some(ids.gid)).at("protect", &path)?;
+            if let Some(group) = group {
+                std::os::unix::fs::chown(&path, Some(0), Some(group)).at("protect", &path)?;
             }
-            let mode = if qemu.vm_ids.is_none() && path != dir.path() && mode == 0o440 {
+            let mode = if group.is_none() && path != dir.path() && mode == 0o440 {
                 0o400
             } else {
                 mode
@@ -157,6 +164,8 @@ pub(crate) struct TemplateStore {
     layout: Layout,
     qemu: Arc<Qemu>,
     recipe: Recipe,
+    /// Where packages come from, other than the machine's own settings say.
+    mirror: Option<DebianMirror>,
     /// Part of the name of the built-in template's images: what they depend on. Made once, for the agent in it is large.
     minimal_key: String,
     slots: Arc<Slots>,
@@ -173,6 +182,8 @@ pub(crate) struct TemplateStore {
     used: Mutex<HashMap<PathBuf, SystemTime>>,
     /// Held while images are taken in or out of use, so that one is not removed while it is found good.
     marks: Mutex<()>,
+    /// Groups that may read one template each; none where VM processes are the agent's own user's.
+    groups: Option<Groups>,
 }
 
 impl TemplateStore {
@@ -181,6 +192,7 @@ impl TemplateStore {
         qemu: Arc<Qemu>,
         slots: Arc<Slots>,
         ca_bundle: Option<PathBuf>,
+        mirror: Option<DebianMirror>,
     ) -> Result<Self> {
         let recipe = Recipe::minimal(ca_bundle)?;
         let platform = qemu.platform();
@@ -192,10 +204,12 @@ impl TemplateStore {
             DEFAULT_USER.as_bytes(),
             recipe.key.as_bytes(),
         ]);
+        let groups = qemu.vm_ids.map(|ids| Groups::assign(&layout, ids));
         Ok(Self {
             layout,
             qemu,
             recipe,
+            mirror,
             minimal_key,
             slots,
             minimal: Progress::new(),
@@ -205,7 +219,30 @@ impl TemplateStore {
             waiting: Arc::new(tokio::sync::Semaphore::new(WAITING_BUILDS)),
             used: Mutex::default(),
             marks: Mutex::default(),
+            groups,
         })
+    }
+
+    /// The group of the next template: that of no other.
+    pub(crate) fn take_group(&self) -> Result<Option<u32>> {
+        self.groups
+            .as_ref()
+            .map(|groups| groups.take(&self.layout))
+            .transpose()
+    }
+
+    /// The groups that a process needs beside that of all VMs to read an image and the disks below its own.
+    pub(crate) fn groups(&self, image: &Image) -> Result<Vec<u32>> {
+        let Some(groups) = &self.groups else {
+            return Ok(Vec::new());
+        };
+        let mut needed = Vec::from_iter(groups.of(image.dir.path())?);
+        if let Some(parent) = &image.manifest.parent {
+            for below in self.chain(parent)? {
+                needed.extend(groups.of(&self.layout.images().join(below))?);
+            }
+        }
+        Ok(needed)
     }
 
     /// The shape in which the built-in template is kept ready.
@@ -405,8 +442,9 @@ impl TemplateStore {
 
     async fn make_minimal(&self, shape: Shape, progress: &Progress) -> Result<Image> {
         let started = std::time::Instant::now();
-        let kernel = Kernel::ensure(&self.layout, progress).await?;
-        let rootfs = rootfs::ensure(&self.layout, &self.recipe, progress).await?;
+        let mirror = self.mirror.as_ref();
+        let kernel = Kernel::ensure(&self.layout, mirror, self.recipe.suite, progress).await?;
+        let rootfs = rootfs::ensure(&self.layout, &self.recipe, mirror, progress).await?;
         let slot = self.slots.take()?;
         let name = uuid::Uuid::new_v4().simple().to_string();
         let work = WorkDir::create(self.layout.tmp().join(format!("build-{name}")))?;
@@ -556,7 +594,7 @@ fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
 }
 
 /// What is in a folder; nothing when it is not there.
-fn children(dir: &Path) -> Vec<PathBuf> {
+pub(super) fn children(dir: &Path) -> Vec<PathBuf> {
     std::fs::read_dir(dir)
         .map(|entries| entries.filter_map(|entry| Some(entry.ok()?.path())).collect())
         .unwrap_or_default()
@@ -577,7 +615,7 @@ mod tests {
             vm_ids: None,
         };
         let layout = Layout::create(&root.join("data"), &root.join("cache")).unwrap();
-        Arc::new(TemplateStore::new(layout, Arc::new(qemu), Slots::new(1), None).unwrap())
+        Arc::new(TemplateStore::new(layout, Arc::new(qemu), Slots::new(1), None, None).unwrap())
     }
 
     fn image(store: &TemplateStore, key: &str, parent: Option<PathBuf>) -> PathBuf {

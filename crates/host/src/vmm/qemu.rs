@@ -38,17 +38,29 @@ pub struct Qemu {
     pub host_cpu: String,
     /// Where per-VM memory groups are made.
     pub cgroup: MemoryCgroup,
-    /// When the agent runs as root: the group of all VM processes, and the first of the user ids they get.
+    /// When the agent runs as root: the ids of VM processes and images.
     pub vm_ids: Option<VmIds>,
 }
 
 /// User and group ids for VM processes; they need no entry in the host's user database.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct VmIds {
-    /// Group that may read template images.
+    /// Group of all VM processes. It may read the images of the built-in template, in which there is nothing of anybody.
     pub gid: u32,
     /// User id of slot 0.
     pub first_uid: u32,
+    /// The first of the groups that may read the images of one template each; up to [`Self::TEMPLATES`] follow.
+    pub first_template_gid: u32,
+}
+
+impl VmIds {
+    /// Templates that have a group of their own at one time.
+    pub const TEMPLATES: u32 = 1_000_000;
+
+    /// The groups of templates.
+    pub(crate) fn template_gids(self) -> std::ops::Range<u32> {
+        self.first_template_gid..self.first_template_gid.saturating_add(Self::TEMPLATES)
+    }
 }
 
 /// Kernel and command line of a VM that boots.
@@ -69,6 +81,8 @@ pub(crate) struct LaunchSpec<'a> {
     pub(crate) shape: Shape,
     pub(crate) disk_mb: u32,
     pub(crate) memory: &'a Path,
+    /// Groups by which the process may read the images that the VM stands on.
+    pub(crate) groups: Vec<u32>,
     /// Present: boot, with the memory file shared. Absent: wait for a device state, with the memory file private.
     pub(crate) boot: Option<BootSource<'a>>,
 }
@@ -166,11 +180,11 @@ impl Qemu {
     fn command(&self, spec: &LaunchSpec<'_>) -> Command {
         let booting = spec.boot.is_some();
         let platform = self.platform();
-        let groups = match self.accelerator {
+        let mut groups = spec.groups.clone();
+        if self.accelerator == Accelerator::Kvm {
             // The device belongs to a group of its own on most systems.
-            Accelerator::Kvm => format!("--groups={}", kvm_group()),
-            Accelerator::Tcg => "--clear-groups".to_owned(),
-        };
+            groups.push(kvm_group());
+        }
         let mut command = self.confined(spec.slot, &groups);
         command
             .args(self.cgroup.resource_limits(spec.limits()))
@@ -261,27 +275,40 @@ impl Qemu {
         command
     }
 
-    /// The begin of a command that runs as the user of a place; the program and its limits follow. Each part sets
-    /// something on itself and becomes the program behind it.
-    fn confined(&self, slot: u32, groups: &str) -> Command {
+    /// The begin of a command that runs as the user of a place, in these groups beside that of all VMs; the program and
+    /// its limits follow. Each part sets something on itself and becomes the program behind it.
+    fn confined(&self, slot: u32, groups: &[u32]) -> Command {
         let Some(ids) = self.vm_ids else {
             return Command::new("prlimit");
         };
         let mut command = Command::new("setpriv");
         command
             .arg(format!("--reuid={}", ids.first_uid + slot))
-            .arg(format!("--regid={}", ids.gid))
-            .args(["--no-new-privs", groups, "prlimit"]);
+            .arg(format!("--regid={}", ids.gid));
+        if groups.is_empty() {
+            command.arg("--clear-groups");
+        } else {
+            let groups: Vec<String> = groups.iter().map(u32::to_string).collect();
+            command.arg(format!("--groups={}", groups.join(",")));
+        }
+        command.args(["--no-new-privs", "prlimit"]);
         command
     }
 
     /// Puts a disk, alone in a VM's folder, on another backing disk, so that those between are no longer needed. A disk is
     /// its guest's work, so this runs with no more rights than the VM had.
-    pub(crate) async fn rebase(&self, dir: &VmDir, slot: u32, backing: &Path, disk_mb: u32) -> Result<()> {
+    pub(crate) async fn rebase(
+        &self,
+        dir: &VmDir,
+        slot: u32,
+        groups: &[u32],
+        backing: &Path,
+        disk_mb: u32,
+    ) -> Result<()> {
         if let Some(ids) = self.vm_ids {
             folder::hand_over(&dir.work(), ids.first_uid + slot, ids.gid)?;
         }
-        let mut command = self.confined(slot, "--clear-groups");
+        let mut command = self.confined(slot, groups);
         command
             .args([
                 "--core=0",

@@ -98,7 +98,7 @@ pub(crate) fn main(args: &BenchArgs, json: bool) -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("wrenn bench: {error:#}");
+            crate::server::report(json, &error.context("the bench"));
             ExitCode::FAILURE
         }
     }

@@ -43,6 +43,8 @@ impl Ending {
 pub(super) enum Output {
     /// To this process's own streams, byte for byte.
     Live,
+    /// To standard output, as lines of JSON.
+    Lines,
     /// Into memory, for `--json`.
     Collect(Collected),
 }
@@ -67,6 +69,7 @@ impl Output {
     async fn stdout(&mut self, data: &[u8]) -> Result<(), CliError> {
         match self {
             Self::Live => write(tokio::io::stdout(), data).await,
+            Self::Lines => super::output::line(&event("stdout", data)),
             Self::Collect(kept) => {
                 kept.truncated |= keep(&mut kept.stdout, data);
                 Ok(())
@@ -77,6 +80,7 @@ impl Output {
     async fn stderr(&mut self, data: &[u8]) -> Result<(), CliError> {
         match self {
             Self::Live => write(tokio::io::stderr(), data).await,
+            Self::Lines => super::output::line(&event("stderr", data)),
             Self::Collect(kept) => {
                 kept.truncated |= keep(&mut kept.stderr, data);
                 Ok(())
@@ -124,6 +128,16 @@ impl Output {
             truncated,
         })
     }
+}
+
+/// A piece of a program's output as a line. One that is no text by itself, be it for a letter that is cut in two, is
+/// told as base64, so that the pieces together are every byte.
+fn event(kind: &str, data: &[u8]) -> String {
+    let event = match std::str::from_utf8(data) {
+        Ok(text) => serde_json::json!({ "type": kind, "data": text }),
+        Err(_) => serde_json::json!({ "type": kind, "data": STANDARD.encode(data), "encoding": "base64" }),
+    };
+    event.to_string()
 }
 
 async fn write(mut target: impl AsyncWrite + Unpin, data: &[u8]) -> Result<(), CliError> {

@@ -111,13 +111,19 @@ impl CliError {
         }
         let causes = self.causes();
         if json {
-            let mut body =
-                serde_json::json!({ "error": { "code": self.code(), "message": self.to_string() } });
+            let mut body = super::told::error_line(self.code(), &self.to_string());
             if !causes.is_empty() {
                 body["error"]["cause"] = causes.join(": ").into();
             }
             if let Some(remedy) = self.remedy() {
                 body["error"]["help"] = remedy.into();
+            }
+            if let Self::Platform(wrenn_client::Error::SandboxFailed {
+                console: Some(console),
+                ..
+            }) = self
+            {
+                body["error"]["console"] = console.as_str().into();
             }
             eprintln!("{body}");
             return code;

@@ -31,7 +31,7 @@ pub(crate) struct ExecArgs {
     #[arg(short, long)]
     interactive: bool,
     /// Give the command a terminal, which takes the input too
-    #[arg(short, long, conflicts_with_all = ["detach", "timeout", "json"])]
+    #[arg(short, long, conflicts_with_all = ["detach", "timeout"])]
     tty: bool,
     /// Leave the command running in the background, and print its tag
     #[arg(short, long, conflicts_with = "interactive")]
@@ -48,6 +48,9 @@ pub(super) async fn main(context: &Context, args: ExecArgs) -> Result<ExitCode, 
     let Some((cmd, rest)) = args.command.split_first() else {
         return Err(CliError::Usage("the command is missing".to_owned()));
     };
+    if args.tty {
+        shell::refuse_json(context)?;
+    }
     let mut signals = Signals::listen()?;
     let sandbox = context.sandbox(&args.sandbox).await?;
     if args.detach {

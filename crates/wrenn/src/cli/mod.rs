@@ -24,6 +24,7 @@ mod snapshot;
 mod stdin;
 mod template;
 mod terminal;
+pub(crate) mod told;
 mod values;
 
 use error::CliError;
@@ -62,7 +63,7 @@ pub(crate) struct GlobalArgs {
         help_heading = "Connection"
     )]
     api_key: Option<wrenn_control::Secret>,
-    /// Print results as JSON, and errors as JSON on standard error
+    /// Print results as JSON, and errors and warnings as lines of JSON on standard error
     #[arg(long, global = true, help_heading = "Output")]
     pub(crate) json: bool,
     /// Show no progress bars (they are shown only on a terminal anyway)
@@ -125,6 +126,11 @@ async fn dispatch(global: GlobalArgs, command: UserCommand) -> Result<ExitCode, 
         UserCommand::Snapshot(command) => snapshot::main(&context, command).await,
         UserCommand::Template(command) => template::main(&context, command).await,
     }
+}
+
+/// Prints a result of a server's command as JSON.
+pub(crate) fn print_json(value: &serde_json::Value) -> ExitCode {
+    print_bytes(format!("{value:#}\n").as_bytes())
 }
 
 /// Prints data that was made whole. A reader that has gone away is no failure.

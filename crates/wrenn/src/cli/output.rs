@@ -1,6 +1,7 @@
 //! Results on standard output: JSON, or tables for people.
 
 use std::io::Write as _;
+use std::process::ExitCode;
 
 use comfy_table::presets;
 use comfy_table::{ContentArrangement, Table};
@@ -8,6 +9,7 @@ use indicatif::BinaryBytes;
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::Context;
 use super::error::CliError;
 
 /// Prints a result as JSON, indented.
@@ -23,6 +25,30 @@ pub(super) fn line(text: &str) -> Result<(), CliError> {
     writeln!(stdout, "{text}")
         .and_then(|()| stdout.flush())
         .map_err(CliError::output)
+}
+
+/// Prints what was done to each of several things, and fails with the last failure after telling the others.
+pub(super) fn done(context: &Context, outcomes: Vec<Result<String, CliError>>) -> Result<ExitCode, CliError> {
+    let mut done = Vec::new();
+    let mut failure: Option<CliError> = None;
+    for outcome in outcomes {
+        match outcome {
+            Ok(name) => done.push(name),
+            Err(error) => {
+                if let Some(earlier) = failure.replace(error) {
+                    earlier.report(context.json);
+                }
+            }
+        }
+    }
+    if context.json {
+        json(&done)?;
+    } else {
+        for name in &done {
+            line(name)?;
+        }
+    }
+    failure.map_or(Ok(ExitCode::SUCCESS), Err)
 }
 
 /// Prints a table with a head.

@@ -24,7 +24,7 @@ impl Context {
         }
         bar.set_message(message.into());
         bar.enable_steady_tick(Duration::from_millis(120));
-        Progress(bar)
+        Progress { bar, json: self.json }
     }
 
     /// Bytes on their way; without a length, as many as there are.
@@ -41,26 +41,29 @@ impl Context {
         }
         bar.set_message(message.into());
         bar.enable_steady_tick(Duration::from_millis(200));
-        Progress(bar)
+        Progress { bar, json: self.json }
     }
 }
 
 /// A bar or spinner, cleared when dropped.
-pub(super) struct Progress(ProgressBar);
+pub(super) struct Progress {
+    bar: ProgressBar,
+    json: bool,
+}
 
 impl Progress {
     pub(super) fn bar(&self) -> &ProgressBar {
-        &self.0
+        &self.bar
     }
 
-    /// Writes a line above the bar.
-    pub(super) fn note(&self, text: &str) {
-        self.0.suspend(|| eprintln!("{text}"));
+    /// Warns above the bar.
+    pub(super) fn warn(&self, message: &str) {
+        self.bar.suspend(|| super::told::warn(self.json, message, None));
     }
 }
 
 impl Drop for Progress {
     fn drop(&mut self) {
-        self.0.finish_and_clear();
+        self.bar.finish_and_clear();
     }
 }

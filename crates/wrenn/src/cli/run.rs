@@ -13,7 +13,7 @@ use wrenn_client::{CreateSandbox, ExecOptions, SandboxHandle, SandboxStatus};
 use super::command::{self, Ending, Output};
 use super::error::CliError;
 use super::signals::Signals;
-use super::{Context, output, values};
+use super::{Context, output, told, values};
 
 /// How long a sandbox may take to start.
 const START_LIMIT: Duration = Duration::from_secs(300);
@@ -70,12 +70,13 @@ pub(super) async fn main(context: &Context, args: RunArgs) -> Result<ExitCode, C
     let sandbox = create(context, &wanted, &mut signals).await?;
     let outcome = work(context, &sandbox, args.options(), args.timeout, &mut signals).await;
     if args.keep {
-        eprintln!(
-            "kept sandbox {id}; `wrenn sandbox shell {id}` opens it",
-            id = sandbox.id()
+        let id = sandbox.id();
+        told::hint(
+            context.json,
+            &format!("kept sandbox {id}; `wrenn sandbox shell {id}` opens it"),
         );
     } else {
-        clean_up(&sandbox, &mut signals).await;
+        clean_up(context, &sandbox, &mut signals).await;
     }
     let (ending, result) = outcome?;
     if let Some(result) = result {
@@ -116,7 +117,7 @@ async fn create(
         interrupt = signals.recv() => interrupt,
     };
     if let Ok(Ok(record)) = tokio::time::timeout(LAST_ANSWER, request).await {
-        clean_up(&context.client.sandbox(record.id), signals).await;
+        clean_up(context, &context.client.sandbox(record.id), signals).await;
     }
     Err(CliError::Interrupted(interrupt))
 }
@@ -153,7 +154,7 @@ async fn keep_active(sandbox: &SandboxHandle) -> std::convert::Infallible {
 }
 
 /// Destroys the sandbox; a second signal leaves at once.
-async fn clean_up(sandbox: &SandboxHandle, signals: &mut Signals) {
+async fn clean_up(context: &Context, sandbox: &SandboxHandle, signals: &mut Signals) {
     let problem = tokio::select! {
         outcome = sandbox.destroy() => match outcome {
             Ok(()) => return,
@@ -162,9 +163,10 @@ async fn clean_up(sandbox: &SandboxHandle, signals: &mut Signals) {
         },
         interrupt = signals.recv() => format!("interrupted by {interrupt}"),
     };
-    eprintln!(
-        "warning: sandbox {id} was not destroyed: {problem}",
-        id = sandbox.id()
+    let id = sandbox.id();
+    told::warn(
+        context.json,
+        &format!("sandbox {id} was not destroyed: {problem}"),
+        Some(&format!("`wrenn sandbox rm {id}` destroys it")),
     );
-    eprintln!("  help: `wrenn sandbox rm {id}` destroys it", id = sandbox.id());
 }

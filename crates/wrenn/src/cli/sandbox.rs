@@ -98,7 +98,7 @@ pub(crate) struct SomeArgs {
 pub(crate) struct LogsArgs {
     /// The sandbox: its id, or a unique beginning or end of it
     sandbox: String,
-    /// Follow the output of this process (tag or pid) until it ends
+    /// Follow the output of this process (tag or pid) until it ends; with --json as lines, each an object
     #[arg(short, long, value_name = "TAG")]
     process: Option<String>,
 }
@@ -266,8 +266,7 @@ impl Change {
     }
 }
 
-/// Applies a change to each, all at once; prints the ids of those that changed, and fails with the
-/// last failure after telling the others.
+/// Applies a change to each, all at once.
 async fn change(context: &Context, args: SomeArgs, change: Change) -> Result<ExitCode, CliError> {
     let progress = context.spinner(match args.sandboxes.as_slice() {
         [one] => format!("{} {one}", change.doing()),
@@ -280,26 +279,7 @@ async fn change(context: &Context, args: SomeArgs, change: Change) -> Result<Exi
     }))
     .await;
     drop(progress);
-    let mut done = Vec::new();
-    let mut failure: Option<CliError> = None;
-    for outcome in outcomes {
-        match outcome {
-            Ok(id) => done.push(id),
-            Err(error) => {
-                if let Some(earlier) = failure.replace(error) {
-                    earlier.report(context.json);
-                }
-            }
-        }
-    }
-    if context.json {
-        output::json(&done)?;
-    } else {
-        for id in &done {
-            output::line(id)?;
-        }
-    }
-    failure.map_or(Ok(ExitCode::SUCCESS), Err)
+    output::done(context, outcomes)
 }
 
 async fn logs(context: &Context, args: LogsArgs) -> Result<ExitCode, CliError> {
@@ -308,12 +288,16 @@ async fn logs(context: &Context, args: LogsArgs) -> Result<ExitCode, CliError> {
         let mut signals = Signals::listen()?;
         let mut stream = sandbox.process_stream(process).await?;
         // Only the watching ends with a signal, not the process.
-        let mut output = Output::new(false);
+        let mut output = if context.json { Output::Lines } else { Output::Live };
         let code = tokio::select! {
             code = command::pump(&mut stream, &mut output) => code?,
             interrupt = signals.recv() => return Err(CliError::Interrupted(interrupt)),
         };
-        eprintln!("process {process} ended with exit code {code}");
+        if context.json {
+            output::line(&serde_json::json!({ "type": "exit", "exit_code": code }).to_string())?;
+        } else {
+            eprintln!("process {process} ended with exit code {code}");
+        }
         return Ok(ExitCode::SUCCESS);
     }
     let record = sandbox.get().await?;

@@ -45,6 +45,7 @@ pub(crate) struct ShellArgs {
 }
 
 pub(super) async fn main(context: &Context, args: ShellArgs) -> Result<ExitCode, CliError> {
+    refuse_json(context)?;
     let mut signals = Signals::listen()?;
     let sandbox = context.sandbox(&args.sandbox).await?;
     if let Some(tag) = &args.connect {
@@ -77,6 +78,18 @@ pub(super) async fn main(context: &Context, args: ShellArgs) -> Result<ExitCode,
         ..options
     };
     start(&sandbox, options, &mut signals).await
+}
+
+/// What a terminal shows cannot be JSON. The parser cannot refuse it, as it does not see a global flag that stands before
+/// the subcommand.
+pub(super) fn refuse_json(context: &Context) -> Result<(), CliError> {
+    if context.json {
+        return Err(CliError::Usage(
+            "a terminal is no JSON: leave --json out, or use `wrenn sandbox exec --json` without a terminal"
+                .to_owned(),
+        ));
+    }
+    Ok(())
 }
 
 /// Starts a command in a terminal and connects it to this one.

@@ -44,16 +44,12 @@ pub(super) async fn main(context: &Context, command: SnapshotCommand) -> Result<
         SnapshotCommand::Create(args) => create(context, args).await,
         SnapshotCommand::Ls => template::list(context, Some(TemplateKind::Snapshot)).await,
         SnapshotCommand::Rm(RmArgs { names }) => {
-            for name in &names {
-                context.client.snapshots().delete(name).await?;
-                if !context.json {
-                    output::line(name)?;
-                }
-            }
-            if context.json {
-                output::json(&names)?;
-            }
-            Ok(ExitCode::SUCCESS)
+            let snapshots = context.client.snapshots();
+            let outcomes = futures::future::join_all(names.into_iter().map(async |name| {
+                snapshots.delete(&name).await?;
+                Ok::<String, CliError>(name)
+            }));
+            output::done(context, outcomes.await)
         }
     }
 }

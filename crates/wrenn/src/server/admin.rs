@@ -50,17 +50,29 @@ struct Place {
     control: ControlArgs,
 }
 
-pub(super) async fn main(args: AdminArgs) -> anyhow::Result<()> {
+pub(super) async fn main(args: AdminArgs, json: bool) -> anyhow::Result<()> {
     let (What::Create { place, .. } | What::SetPassword { place, .. }) = &args.what;
     let data_dir = place.dirs.data_dir();
     super::up::prepare(&data_dir)?;
     let control = super::up::open_control(&data_dir, &place.control).await?;
-    let outcome = act(&control, &args.what).await;
+    let outcome = act(&control, &args.what, json).await;
     control.stop().await;
     outcome
 }
 
-async fn act(control: &ControlPlane, what: &What) -> anyhow::Result<()> {
+async fn act(control: &ControlPlane, what: &What, json: bool) -> anyhow::Result<()> {
+    let result = |user: Option<&str>, email: &str| {
+        if json {
+            crate::cli::print_json(&serde_json::json!({ "id": user, "email": email }));
+        } else if let Some(user) = user {
+            crate::cli::print_bytes(format!("{user}\n").as_bytes());
+        }
+    };
+    let note = |text: String| {
+        if !json {
+            eprintln!("{text}");
+        }
+    };
     match what {
         What::Create {
             email,
@@ -68,21 +80,26 @@ async fn act(control: &ControlPlane, what: &What) -> anyhow::Result<()> {
             place: _,
         } => {
             if let Some(user) = control.grant_platform_admin(email).await? {
-                println!("{user}");
-                eprintln!("The account {email} is a platform admin now; its password stays as it was.");
+                result(Some(&user.to_string()), email);
+                note(format!(
+                    "The account {email} is a platform admin now; its password stays as it was."
+                ));
                 return Ok(());
             }
             let password = ask().await?;
             let user = control
                 .create_platform_admin(email, name.as_deref(), &password)
                 .await?;
-            println!("{user}");
-            eprintln!("The platform admin {email} was created.");
+            result(Some(&user.to_string()), email);
+            note(format!("The platform admin {email} was created."));
         }
         What::SetPassword { email, place: _ } => {
             let password = ask().await?;
             control.set_password(email, &password).await?;
-            eprintln!("The password of {email} was set; its sessions have ended.");
+            result(None, email);
+            note(format!(
+                "The password of {email} was set; its sessions have ended."
+            ));
         }
     }
     Ok(())

@@ -9,7 +9,7 @@ use wrenn_control::config::Placement;
 use wrenn_control::{ControlConfig, MasterSecret, Secret};
 use wrenn_host::net::EgressPolicy;
 use wrenn_host::vmm::Accelerator;
-use wrenn_host::{Capacity, OnExit};
+use wrenn_host::{Capacity, DebianMirror, OnExit};
 
 /// What becomes of running sandboxes when the server ends.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -297,6 +297,16 @@ pub(crate) struct HostArgs {
         help_heading = "Host"
     )]
     pub(crate) guest_ca_bundle: String,
+    /// Debian archive from which the template's packages and kernel come, such as https://deb.debian.org/debian; guests
+    /// keep Debian's own [default: mmdebstrap's, and the machine's own package sources for the kernel]
+    #[arg(
+        long,
+        env = "WRENN_DEBIAN_MIRROR",
+        value_name = "URL",
+        hide_env_values = true,
+        help_heading = "Host"
+    )]
+    pub(crate) debian_mirror: Option<DebianMirror>,
     /// Let guests reach private networks (never the host itself)
     #[arg(long, env = "WRENN_EGRESS_ALLOW_PRIVATE", help_heading = "Host")]
     pub(crate) egress_allow_private: bool,

@@ -32,7 +32,7 @@ pub(crate) enum ServerCommand {
     Config(UpArgs),
     /// Check what the platform needs of this machine, and tell what to do where it is missing
     Doctor(UpArgs),
-    /// Print the OpenAPI document of the API
+    /// Print the OpenAPI document of the API, as YAML or with --json as JSON
     Openapi,
     /// The accelerator's probe starts this program again with this command
     #[command(name = wrenn_host::vmm::probe::CHILD_COMMAND, hide = true)]
@@ -94,21 +94,41 @@ pub(crate) fn main(command: ServerCommand, json: bool) -> ExitCode {
         ServerCommand::ProbeKvm => {
             wrenn_host::vmm::probe::probe_here(&mut std::io::stdout().lock()).map_err(anyhow::Error::from)
         }
-        ServerCommand::Openapi => wrenn_control::openapi_yaml()
-            .map(|text| print!("{text}"))
-            .map_err(anyhow::Error::from),
+        ServerCommand::Openapi => {
+            let text = if json {
+                wrenn_control::openapi_json()
+            } else {
+                wrenn_control::openapi_yaml()
+            };
+            match text {
+                Ok(text) => return crate::cli::print_bytes(text.as_bytes()),
+                Err(error) => Err(error.into()),
+            }
+        }
         ServerCommand::Migrate(args) => in_runtime(migrate::main(args, json)),
-        ServerCommand::Admin(args) => in_runtime(admin::main(args)),
-        ServerCommand::Up(args) => in_runtime(up::up(args)),
-        ServerCommand::ControlPlane(args) => in_runtime(up::control_plane(args)),
+        ServerCommand::Admin(args) => in_runtime(admin::main(args, json)),
+        ServerCommand::Up(args) => in_runtime(up::up(args, json)),
+        ServerCommand::ControlPlane(args) => in_runtime(up::control_plane(args, json)),
         ServerCommand::HostAgent(args) => in_runtime(up::host_agent(args)),
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("wrenn: {error:#}");
+            report(json, &error);
             ExitCode::FAILURE
         }
+    }
+}
+
+/// Tells of the failure of a server's command.
+pub(crate) fn report(json: bool, error: &anyhow::Error) {
+    if json {
+        eprintln!(
+            "{}",
+            crate::cli::told::error_line("failed", &format!("{error:#}"))
+        );
+    } else {
+        eprintln!("wrenn: {error:#}");
     }
 }
 

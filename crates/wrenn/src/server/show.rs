@@ -76,6 +76,13 @@ pub(super) fn config(args: &UpArgs, json: bool) -> ExitCode {
         ("WRENN_MAX_VMS", capacity.max_vms.to_string()),
         ("WRENN_POOL", args.host.pool.to_string()),
         ("WRENN_GUEST_CA_BUNDLE", bundle),
+        (
+            "WRENN_DEBIAN_MIRROR",
+            args.host.debian_mirror.as_ref().map_or_else(
+                || "as the machine's programs have it".to_owned(),
+                |mirror| masked(mirror.reveal()),
+            ),
+        ),
         ("WRENN_EGRESS_OFF", (!egress.allow_internet).to_string()),
         ("WRENN_EGRESS_ALLOW_PRIVATE", egress.allow_private.to_string()),
         ("WRENN_ON_EXIT", format!("{:?}", args.on_exit).to_lowercase()),

@@ -22,10 +22,11 @@ use super::{ControlPlaneArgs, HostAgentArgs, UpArgs};
 const VM_IDS: VmIds = VmIds {
     gid: 900_000,
     first_uid: 900_000,
+    first_template_gid: 1_000_000,
 };
 
 /// The whole platform in one process; the two halves speak as they would over a network.
-pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
+pub(super) async fn up(args: UpArgs, json: bool) -> anyhow::Result<()> {
     let started = Instant::now();
     let data_dir = args.dirs.data_dir();
     prepare(&data_dir)?;
@@ -77,7 +78,11 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
             return Err(error);
         }
     };
-    announce(&url, &data_dir, first.as_ref(), started.elapsed());
+    if json {
+        print_place(&url, &data_dir, first.as_ref());
+    } else {
+        announce(&url, &data_dir, first.as_ref(), started.elapsed());
+    }
     let ready = tokio::spawn(show_build(agent.template_progress(), agent.template_ready_told()));
 
     tokio::pin!(serving);
@@ -114,24 +119,39 @@ pub(super) async fn up(args: UpArgs) -> anyhow::Result<()> {
 }
 
 /// The control plane alone.
-pub(super) async fn control_plane(args: ControlPlaneArgs) -> anyhow::Result<()> {
+pub(super) async fn control_plane(args: ControlPlaneArgs, json: bool) -> anyhow::Result<()> {
     let data_dir = args.dirs.data_dir();
     prepare(&data_dir)?;
     let control = open_control(&data_dir, &args.control).await?;
     if args.issue_host_token {
-        if let Some(first) = bootstrap(&control, &data_dir, &base_url(args.control.listen)).await? {
-            show_first_key(&data_dir, &first);
+        let first = bootstrap(&control, &data_dir, &base_url(args.control.listen)).await?;
+        if let (Some(first), false) = (&first, json) {
+            show_first_key(&data_dir, first);
         }
-        println!("{}", control.issue_host_token(args.host).await?.token);
+        let issued = control.issue_host_token(args.host).await?;
+        if json {
+            crate::cli::print_json(&serde_json::json!({
+                "host_id": issued.host_id,
+                "token": issued.token,
+                "api_key": first.map(|first| first.api_key),
+            }));
+        } else {
+            crate::cli::print_bytes(format!("{}\n", issued.token).as_bytes());
+        }
         control.stop().await;
         return Ok(());
     }
     let listeners = listen(args.control.listen).await?;
     let url = base_url(listeners[0].local_addr()?);
-    if let Some(first) = bootstrap(&control, &data_dir, &url).await? {
-        show_first_key(&data_dir, &first);
+    let first = bootstrap(&control, &data_dir, &url).await?;
+    if json {
+        print_place(&url, &data_dir, first.as_ref());
+    } else {
+        if let Some(first) = &first {
+            show_first_key(&data_dir, first);
+        }
+        eprintln!("Serving {url}");
     }
-    eprintln!("Serving {url}");
     let mut signals = Signals::listen()?;
     control
         .run(listeners, async move { signals.next().await })
@@ -206,6 +226,7 @@ fn host_config(
         egress: host.egress(),
         capacity: host.capacity(),
         guest_ca_bundle: host.ca_bundle(),
+        debian_mirror: host.debian_mirror.clone(),
         vm_ids: VM_IDS,
         pool: host.pool,
         fault: None,
@@ -288,6 +309,15 @@ async fn bootstrap(control: &ControlPlane, data_dir: &Path, url: &str) -> anyhow
         None => renew_local_env(data_dir, url)?,
     }
     Ok(first)
+}
+
+/// What a program that starts a server has to know; the key only at the first start, and in the file after it.
+fn print_place(url: &str, data_dir: &Path, first: Option<&Bootstrap>) {
+    crate::cli::print_json(&serde_json::json!({
+        "url": url,
+        "local_env": data_dir.join("local.env"),
+        "api_key": first.map(|first| &first.api_key),
+    }));
 }
 
 fn show_first_key(data_dir: &Path, first: &Bootstrap) {

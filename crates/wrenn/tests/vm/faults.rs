@@ -97,9 +97,11 @@ impl Inside {
                 max_vms: 3,
             },
             guest_ca_bundle: ca_bundle(),
+            debian_mirror: None,
             vm_ids: VmIds {
                 gid: 900_000,
                 first_uid: 900_000,
+                first_template_gid: 1_000_000,
             },
             // A machine that waits for its sandbox has some steps behind it: here each create goes all the way.
             pool: 0,

@@ -6,6 +6,7 @@
 mod capacity;
 mod cli;
 mod clock;
+mod confinement;
 mod egress;
 mod exec;
 mod faults;

@@ -99,15 +99,13 @@ async fn fetch_tree(
         make_directory(&to, depth == 0)?;
         for entry in remote.files().list(&from, 1).await? {
             if !is_name(&entry.name) {
-                listing.note(&format!(
-                    "warning: not copied: {from}: an entry without a usable name"
-                ));
+                listing.warn(&format!("not copied: {from}: an entry without a usable name"));
                 continue;
             }
             let (there, here) = (join(&from, &entry.name), to.join(&entry.name));
             match entry.kind {
                 FileKind::Directory if depth < MAX_DEPTH => pending.push((there, here, depth + 1)),
-                FileKind::Directory => listing.note(&format!("warning: not copied: {there}: too deep")),
+                FileKind::Directory => listing.warn(&format!("not copied: {there}: too deep")),
                 FileKind::Symlink => links.push((there, here, entry)),
                 FileKind::File => files.push(Fetch {
                     from: there,
@@ -139,7 +137,7 @@ async fn fetch_tree(
     // Last, so that no file is ever written through one of them.
     for (from, to, entry) in links {
         if let Err(reason) = make_link(&root, &to, &entry) {
-            progress.note(&format!("warning: not copied: {from}: {reason}"));
+            progress.warn(&format!("not copied: {from}: {reason}"));
         }
     }
     Ok(Copied {

@@ -160,7 +160,7 @@ fn walk(directory: &Path, to: String, tree: &mut Tree, depth: usize) -> Result<(
 
 async fn send(context: &Context, remote: &Remote, tree: Tree) -> Result<Copied, CliError> {
     for skipped in &tree.skipped {
-        eprintln!("warning: not copied: {skipped}");
+        crate::cli::told::warn(context.json, &format!("not copied: {skipped}"), None);
     }
     let total = tree.files.iter().map(|file| file.size).sum();
     let label = match tree.files.as_slice() {
@@ -221,8 +221,8 @@ async fn make_executable(remote: &Remote, paths: &[&str], progress: &Progress) {
             Ok(result) => crate::cli::output::printable(result.stderr.trim()),
             Err(error) => error.to_string(),
         };
-        progress.note(&format!(
-            "warning: {} copied, but not made executable: {problem}",
+        progress.warn(&format!(
+            "{} copied, but not made executable: {problem}",
             batch.join(", ")
         ));
     }
