@@ -175,7 +175,7 @@ impl Error {
         let hint = match status {
             SandboxStatus::Paused | SandboxStatus::Hibernated => "; resume it first",
             SandboxStatus::Missing => "; its host cannot be reached at the moment",
-            SandboxStatus::Error => "; it can only be destroyed",
+            SandboxStatus::Error => "; it can only be destroyed, unless its host brings it back",
             status if status.is_transient() => "; wait until the operation under way has ended",
             _ => "",
         };

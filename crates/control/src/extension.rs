@@ -43,7 +43,7 @@ pub trait Extension: Send + Sync + 'static {
         Vec::new()
     }
 
-    /// Its routes, described for the OpenAPI document. A path that exists already is a fault of the program: the start
+    /// Its routes, described for the OpenAPI document, and asked for again when that is written. A path that exists already is a fault of the program: the start
     /// ends with a panic of the router, before anything is served.
     fn routes(&self) -> OpenApiRouter<Services> {
         OpenApiRouter::new()

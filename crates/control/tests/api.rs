@@ -889,6 +889,7 @@ async fn metrics_and_documents_are_served() {
         ("/metrics", "wrenn_sandboxes{status=\"running\"} 1"),
         ("/openapi.yaml", "openapi: 3.1"),
         ("/docs/", "swagger"),
+        ("/docs/swagger-initializer.js", "/openapi.json"),
         ("/test", "<html"),
     ] {
         let response = world.http.get(world.url(path)).send().await.expect("an answer");
@@ -898,6 +899,18 @@ async fn metrics_and_documents_are_served() {
             text.contains(part),
             "{path}: {}",
             text.chars().take(300).collect::<String>()
+        );
+    }
+    // What is served is the document as it is generated and committed.
+    for (path, document) in [
+        ("/openapi.yaml", wrenn_control::openapi_yaml()),
+        ("/openapi.json", wrenn_control::openapi_json()),
+    ] {
+        let response = world.http.get(world.url(path)).send().await.expect("an answer");
+        let text = response.text().await.expect("text");
+        assert!(
+            text == document.expect("a document"),
+            "{path} is another document"
         );
     }
 }

@@ -5,7 +5,7 @@ mod common;
 use common::{World, code, id, message};
 use connectrpc::ConnectError;
 use sea_orm::ConnectionTrait as _;
-use serde_json::json;
+use serde_json::{Value, json};
 use wrenn_proto::rest::SandboxStatus;
 use wrenn_testkit::simhost::{Call, SimSandbox, SimState};
 
@@ -631,6 +631,53 @@ async fn the_monitor_heals_what_the_host_knows_better() {
         (0, 0),
         "{pass:?}"
     );
+}
+
+/// A journal that could not be read is mended by hand, and the agent started again.
+#[tokio::test]
+async fn what_a_host_could_not_read_comes_back_when_it_can() {
+    let world = World::new().await;
+    let (saved, lost) = (world.sandbox().await, world.sandbox().await);
+    let set = |state, generation: Option<u64>| {
+        world.host.with(|model| {
+            let there = model.sandboxes.get_mut(&id(&saved)).expect("there");
+            there.state = state;
+            let before = there.generation;
+            there.generation = generation.unwrap_or(before);
+            before
+        })
+    };
+    let gone = world.host.with(|model| model.sandboxes.remove(&id(&lost)));
+    // The host knows nothing of it but that its folder is there.
+    let generation = set(SimState::Error, Some(0));
+    for corrected in [2, 0] {
+        let pass = world.running.control.reconcile().await.expect("a pass");
+        assert_eq!(pass.sandboxes_corrected, corrected, "{pass:?}");
+    }
+    assert_eq!(world.settled(&saved).await, "error");
+    assert_eq!(world.settled(&lost).await, "error");
+    set(SimState::Paused, Some(generation));
+    let pass = world.running.control.reconcile().await.expect("a pass");
+    assert_eq!(pass.sandboxes_corrected, 1, "{pass:?}");
+    let record = world.get(&format!("/v1/sandboxes/{saved}")).await.1;
+    assert_eq!(
+        (&record["status"], &record["error"]),
+        (&"paused".into(), &Value::Null)
+    );
+    // So does one that was away with its disk, and both can be used and ended.
+    world
+        .host
+        .with(|model| model.sandboxes.insert(id(&lost), gone.expect("it was there")));
+    world.running.control.reconcile().await.expect("a pass");
+    assert_eq!(world.settled(&lost).await, "running");
+    world
+        .post(&format!("/v1/sandboxes/{saved}/resume"), json!({}))
+        .await;
+    world.until(&saved, "running").await;
+    for one in [&saved, &lost] {
+        world.call("DELETE", &format!("/v1/sandboxes/{one}"), None).await;
+        world.until(one, "stopped").await;
+    }
 }
 
 /// Its control plane moved, its registration was lost, or an old backup of the database was restored.

@@ -876,3 +876,47 @@ fn completions_know_the_commands() {
         assert!(platform.out(&["completions", shell]).contains("snapshot"));
     }
 }
+
+#[test]
+fn settings_come_from_flags_then_the_environment_then_the_file() {
+    let platform = Platform::start();
+    platform.write(".env", "WRENN_POOL=5\nWRENN_MAX_VMS=55\nWRENN_MEMORY_MB=4096\n");
+    let mut command = platform.command(&["config", "--json", "--pool", "7"]);
+    let output = command.env("WRENN_MAX_VMS", "66").output().unwrap();
+    let settings: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(
+        ["WRENN_POOL", "WRENN_MAX_VMS", "WRENN_MEMORY_MB"].map(|name| settings[name].as_str().unwrap()),
+        ["7", "66", "4096"]
+    );
+}
+
+#[test]
+fn a_server_on_the_loopback_address_is_on_both() {
+    let platform = Platform::start();
+    let mut server = platform
+        .command(&["control-plane", "--json", "--listen", "127.0.0.1:0"])
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let stdout = server.stdout.take().unwrap();
+    let place: Value = serde_json::Deserializer::from_reader(stdout)
+        .into_iter()
+        .next()
+        .unwrap()
+        .unwrap();
+    let url = place["url"].as_str().unwrap();
+    let port: u16 = url.rsplit(':').next().unwrap().parse().unwrap();
+    let answers = [
+        std::net::TcpStream::connect(("127.0.0.1", port)),
+        std::net::TcpStream::connect(("::1", port)),
+    ];
+    let no_ipv6 = std::net::TcpListener::bind(("::1", 0)).is_err();
+    let _ = Command::new("kill").arg(server.id().to_string()).status();
+    server.wait().unwrap();
+    assert!(
+        answers[0].is_ok() && (answers[1].is_ok() || no_ipv6),
+        "{answers:?}"
+    );
+    assert!(place["api_key"].as_str().unwrap().starts_with("wrn_"), "{place}");
+    assert!(platform.read("local.env").contains(url));
+}

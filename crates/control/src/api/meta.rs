@@ -1,6 +1,6 @@
 //! The server itself: health, metrics, documents, and the middleware that observes requests.
 
-use std::sync::{Arc, LazyLock, OnceLock};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use axum::extract::{MatchedPath, Request, State};
@@ -11,7 +11,9 @@ use axum::routing::get;
 use axum::{Json, Router};
 use bytes::Bytes;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
-use utoipa_swagger_ui::SwaggerUi;
+use tokio::sync::OnceCell;
+use utoipa::openapi::OpenApi;
+use utoipa_swagger_ui::{Config, SwaggerUi};
 use wrenn_proto::rest::{ErrorBody, Health};
 
 use super::error::ApiResult;
@@ -38,26 +40,71 @@ fn recorder() -> &'static PrometheusHandle {
     })
 }
 
-/// Pages and documents that the OpenAPI document does not describe.
-pub(super) fn undocumented(document: utoipa::openapi::OpenApi) -> Router<Services> {
+/// Pages and documents that the OpenAPI document does not describe. `document` makes that.
+pub(super) fn undocumented(document: impl Fn() -> OpenApi + Send + Sync + 'static) -> Router<Services> {
     recorder();
-    let json = serde_json::to_value(&document).unwrap_or_default();
-    // Written when somebody asks for the first time: most starts are never asked.
-    let yaml = Arc::new(LazyLock::new(move || document.to_yaml().map(Bytes::from)));
+    let document = Arc::new(document);
+    let json = Text::new(Arc::clone(&document), "application/json", |document| {
+        document.to_json().map_err(|error| error.to_string())
+    });
+    let yaml = Text::new(document, "application/yaml", |document| {
+        document.to_yaml().map_err(|error| error.to_string())
+    });
     Router::new()
-        .route(
-            "/openapi.yaml",
-            get(move || std::future::ready(serve_yaml(&yaml))),
-        )
+        .route("/openapi.json", get(move || json.serve()))
+        .route("/openapi.yaml", get(move || yaml.serve()))
         .route("/test", get(|| async { Html(TEST_PAGE) }))
-        .merge(SwaggerUi::new("/docs").external_url_unchecked("/openapi.json", json))
+        .merge(SwaggerUi::new("/docs").config(Config::new(["/openapi.json"])))
 }
 
-fn serve_yaml<E: std::fmt::Display>(text: &Result<Bytes, E>) -> ApiResult<Response> {
-    let text = text
-        .as_ref()
-        .map_err(|error| Error::internal(error.to_string()))?;
-    Ok(([(header::CONTENT_TYPE, "application/yaml")], text.clone()).into_response())
+/// A text of the document, made when somebody asks for the first time: most starts are never asked. Only the text is
+/// kept: as the structure it is, the document takes ten times the memory.
+struct Text<D> {
+    document: Arc<D>,
+    kind: &'static str,
+    write: fn(&OpenApi) -> Result<String, String>,
+    text: Arc<OnceCell<Bytes>>,
+}
+
+impl<D> Clone for Text<D> {
+    fn clone(&self) -> Self {
+        Self {
+            document: Arc::clone(&self.document),
+            kind: self.kind,
+            write: self.write,
+            text: Arc::clone(&self.text),
+        }
+    }
+}
+
+impl<D: Fn() -> OpenApi + Send + Sync + 'static> Text<D> {
+    fn new(document: Arc<D>, kind: &'static str, write: fn(&OpenApi) -> Result<String, String>) -> Self {
+        Self {
+            document,
+            kind,
+            write,
+            text: Arc::default(),
+        }
+    }
+
+    fn serve(&self) -> impl Future<Output = ApiResult<Response>> + Send + use<D> {
+        let Self {
+            document,
+            kind,
+            write,
+            text,
+        } = self.clone();
+        async move {
+            let make = || async move {
+                let made = tokio::task::spawn_blocking(move || write(&document())).await;
+                made.map_err(|error| Error::internal(error.to_string()))?
+                    .map(Bytes::from)
+                    .map_err(Error::internal)
+            };
+            let text = text.get_or_try_init(make).await?.clone();
+            Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
+        }
+    }
 }
 
 /// Tell whether the server can work: it is up and its database answers.

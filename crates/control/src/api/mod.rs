@@ -87,14 +87,20 @@ fn documented() -> OpenApiRouter<Services> {
         .routes(routes!(meta::metrics))
 }
 
+/// The same with what extensions add.
+fn described(extensions: &Extensions) -> OpenApiRouter<Services> {
+    extensions.iter().fold(documented(), |described, extension| {
+        described.merge(extension.routes())
+    })
+}
+
 /// The whole API.
 pub(crate) fn router(services: Services, extensions: &Extensions) -> Router {
-    let mut described = documented();
-    for extension in extensions.iter() {
-        described = described.merge(extension.routes());
-    }
-    let (documented, document) = described.split_for_parts();
-    let document = openapi::complete(document);
+    let (documented, _) = described(extensions).split_for_parts();
+    let document = {
+        let extensions = extensions.clone();
+        move || openapi::complete(described(&extensions).into_openapi())
+    };
     // The word that Wrenn's SDKs use; the same handlers.
     let (capsules, _) = sandbox_routes().split_for_parts();
     let mut router = Router::new()

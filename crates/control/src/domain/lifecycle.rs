@@ -13,7 +13,7 @@
 //!
 //!   destroy: from everything but `stopped` to `stopping`, then `stopped` (final)
 //!   host silent: running, paused and what is under way become `missing`; its return restores them
-//!   a VM that died, a create that failed: `error`; only destroy leads out
+//!   a VM that died, a create that failed: `error`; destroy leads out, and its own host, asked, that has it after all
 //! ```
 //!
 //! Two parties change a status. **Decisions** ([`decide`]) are the control plane's: each increments the
@@ -152,7 +152,14 @@ pub fn apply_report(
         HostState::Error => Status::Error,
     };
     match status {
-        Status::Stopping | Status::Stopped | Status::Error | Status::Pending => Verdict::Ignored,
+        Status::Stopping | Status::Stopped | Status::Pending => Verdict::Ignored,
+        // The host is the truth about what it has: a folder that could not be read was mended there, a disk is mounted
+        // again. News on the way may be older than what was found out since, so only an answer counts.
+        Status::Error if settled == Status::Error => Verdict::Agrees,
+        Status::Error => match source {
+            Source::Answer => Verdict::Become(settled),
+            Source::Event => Verdict::Ignored,
+        },
         Status::Running | Status::Paused | Status::Hibernated | Status::Missing => {
             if settled == status || (status == Status::Hibernated && settled == Status::Paused) {
                 Verdict::Agrees
@@ -208,8 +215,8 @@ pub fn legal(from: Status, to: Status) -> bool {
         (Status::Stopping, to) => to == Status::Stopped,
         (_, Status::Stopping) => true,
         (_, Status::Stopped) => false,
-        (Status::Error, _) => false,
         (_, Status::Error) => true,
+        (Status::Error, to) => matches!(to, Status::Running | Status::Paused),
         (Status::Pending, to) => to == Status::Starting,
         (from, Status::Missing) => GO_MISSING.contains(&from),
         (_, Status::Starting) => false,

@@ -1,7 +1,7 @@
 //! The last safety net: on a timer and on a poke, reads everything afresh and puts right what is not.
 //!
 //! - A host that fell silent becomes unreachable, and what lived there `missing`.
-//! - Each host that answers is asked what it has: records follow its answer, what is `missing` comes
+//! - Each host that answers is asked what it has: records follow its answer, what is `missing` (or an `error`) comes
 //!   back, and what no record wants is destroyed after a grace ([`stray`]).
 //! - An operation that nobody drives (its process died, its host did not answer) is driven again.
 //! - Templates that are to go are removed from their hosts.
@@ -166,6 +166,7 @@ impl Services {
             SandboxStatus::Running,
             SandboxStatus::Paused,
             SandboxStatus::Missing,
+            SandboxStatus::Error,
         ];
         let records = self.store.sandboxes_on_host(host.id, &settled).await?;
         let client = self.pool.client(host)?;
@@ -271,6 +272,8 @@ impl Services {
     /// Makes one record follow its host's answer; returns whether it changed.
     async fn correct(&self, record: &Sandbox, report: Option<&rpc::Report>) -> Result<bool> {
         let change = match report {
+            // It is known to be lost.
+            None if record.status == SandboxStatus::Error => return Ok(false),
             None => Change::to(SandboxStatus::Error).failure(Some(lost(record.generation))),
             Some(report) => {
                 let verdict = apply_report(

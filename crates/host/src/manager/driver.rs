@@ -14,7 +14,7 @@ use super::journal::{Phase, Record};
 use super::metrics::Samples;
 use super::vm::{self, Running};
 use super::{Event, Shared};
-use crate::error::{HostError, IoContext as _, Result};
+use crate::error::{HostError, IoContext as _, Result, remove_folder};
 use crate::guest::GuestClient;
 use crate::layout::VmDir;
 
@@ -443,7 +443,7 @@ impl Driver {
         std::fs::rename(self.dir.path(), &grave).at("remove", self.dir.path())?;
         self.publish(SandboxStatus::Stopped);
         self.shared.forget(self.record.id);
-        if let Err(error) = std::fs::remove_dir_all(&grave) {
+        if let Err(error) = remove_folder(&grave).await {
             tracing::warn!(path = %grave.display(), %error, "cannot remove a destroyed sandbox's files; the next start will");
         }
         self.shared.collect_images();

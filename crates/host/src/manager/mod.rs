@@ -22,7 +22,7 @@ use tokio_util::task::TaskTracker;
 use wrenn_proto::id::{SandboxId, TeamId, TemplateId};
 use wrenn_proto::rest::SandboxStatus;
 
-use crate::error::{HostError, IoContext as _, Result};
+use crate::error::{HostError, IoContext as _, Result, remove_folder};
 use crate::guest::GuestClient;
 use crate::layout::{Layout, VmDir};
 use crate::net::EgressPolicy;
@@ -455,9 +455,7 @@ impl Manager {
                     Ok(Some(view))
                 }
                 Err(error) => {
-                    if let Err(error) = std::fs::remove_dir_all(dir.path())
-                        && error.kind() != std::io::ErrorKind::NotFound
-                    {
+                    if let Err(error) = remove_folder(dir.path()).await {
                         tracing::error!(dir = %dir.path().display(), %error, "cannot remove a failed sandbox's files");
                     }
                     Err(error)
@@ -482,7 +480,7 @@ impl Manager {
                 Ok(running) => return Ok(running),
                 Err(error) => {
                     tracing::warn!(%error, "a prepared virtual machine was no good; starting another");
-                    std::fs::remove_dir_all(dir.path()).at("remove", dir.path())?;
+                    remove_folder(dir.path()).await.at("remove", dir.path())?;
                     record.phase = Phase::Starting;
                 }
             }
@@ -718,7 +716,7 @@ impl Manager {
         self.shared.tasks.close();
         self.shared.tasks.wait().await;
         self.shared.pool.drain();
-        self.end_work();
+        self.end_work().await;
     }
 }
 

@@ -13,7 +13,7 @@ use wrenn_proto::id::{TeamId, TemplateId};
 
 use super::Shared;
 use super::vm::{Restored, restore};
-use crate::error::Result;
+use crate::error::{Result, remove_folder};
 use crate::layout::VmDir;
 use crate::template::{BuildState, Image, TemplateStore};
 
@@ -137,7 +137,7 @@ impl Pool {
                 Ok(true)
             }
             Err(error) => {
-                let _ = std::fs::remove_dir_all(dir.path());
+                let _ = remove_folder(dir.path()).await;
                 Err(error)
             }
         }

@@ -12,7 +12,7 @@ use wrenn_proto::rest::SandboxStatus;
 use super::driver::{Driver, Origin};
 use super::journal::{Phase, Record};
 use super::{Entry, Event, Manager, vm};
-use crate::error::{HostError, IoContext as _, Result};
+use crate::error::{HostError, IoContext as _, Result, blocking};
 use crate::layout::VmDir;
 use crate::vmm::folder;
 use crate::vmm::process::{ProcessId, VmmProcess, processes};
@@ -76,7 +76,7 @@ impl Manager {
             }
         }
         drop(taken_up);
-        self.clear_work()?;
+        self.clear_work().await?;
         shared.collect_images();
         if counts != (0, 0, 0) {
             tracing::info!(
@@ -135,8 +135,8 @@ impl Manager {
     }
 
     /// Removes what was cut off in the middle: files of template builds and of the pool. Call when no task is left.
-    pub(super) fn end_work(&self) {
-        if let Err(error) = self.clear_work() {
+    pub(super) async fn end_work(&self) {
+        if let Err(error) = self.clear_work().await {
             tracing::warn!(
                 error = &error as &dyn std::error::Error,
                 "unfinished work is left to the next start"
@@ -145,23 +145,26 @@ impl Manager {
     }
 
     /// Removes files of unfinished work, after the processes that worked there.
-    fn clear_work(&self) -> Result<()> {
-        let shared = &self.shared;
-        for folder in [shared.layout.tmp(), shared.layout.pool()] {
-            for entry in std::fs::read_dir(&folder).at("list", &folder)?.flatten() {
-                let path = entry.path();
-                let removed = if path.is_dir() {
-                    std::fs::remove_dir_all(&path)
-                } else {
-                    std::fs::remove_file(&path)
-                };
-                if let Err(error) = removed {
-                    tracing::warn!(path = %path.display(), %error, "cannot remove unfinished work");
+    async fn clear_work(&self) -> Result<()> {
+        let shared = Arc::clone(&self.shared);
+        blocking(move || {
+            for folder in [shared.layout.tmp(), shared.layout.pool()] {
+                for entry in std::fs::read_dir(&folder).at("list", &folder)?.flatten() {
+                    let path = entry.path();
+                    let removed = if path.is_dir() {
+                        std::fs::remove_dir_all(&path)
+                    } else {
+                        std::fs::remove_file(&path)
+                    };
+                    if let Err(error) = removed {
+                        tracing::warn!(path = %path.display(), %error, "cannot remove unfinished work");
+                    }
                 }
             }
-        }
-        shared.qemu.cgroup.sweep();
-        Ok(())
+            shared.qemu.cgroup.sweep();
+            Ok(())
+        })
+        .await
     }
 
     async fn adopt(

@@ -16,7 +16,7 @@ use super::journal::{Phase, Record};
 use super::slots::Slot;
 use super::{Shared, Step};
 use crate::disk::{BackingFormat, copy_open, copy_sparse, create_overlay};
-use crate::error::{HostError, IoContext as _, Result};
+use crate::error::{HostError, IoContext as _, Result, blocking, remove_folder};
 use crate::guest::GuestClient;
 use crate::layout::{ImageDir, VmDir};
 use crate::memory::{self, FlatImage, Saved};
@@ -475,8 +475,9 @@ async fn bring_back(shared: &Arc<Shared>, dir: &VmDir, record: &mut Record) -> R
             }
         }
     }
+    // Waited for, since the next pause writes files of the same names.
     for saved in [dir.state(), dir.memory_diff()] {
-        let _ = std::fs::remove_file(saved);
+        let _ = tokio::fs::remove_file(saved).await;
     }
     let guest = GuestClient::new(&wire.net, &record.token);
     tell_time(&guest, record.id, Duration::from_secs(20)).await;
@@ -587,7 +588,7 @@ pub(crate) async fn snapshot(
     }
     .await;
     if outcome.is_err() {
-        let _ = std::fs::remove_dir_all(&work);
+        let _ = remove_folder(&work).await;
     }
     outcome
 }
@@ -616,9 +617,12 @@ async fn shorten(shared: &Shared, record: &Record, base: &Image, image: &ImageDi
             record.disk_mb,
         )
         .await?;
-    let disk = folder::open_file(&dir.disk())?;
-    copy_open(&disk, &image.disk())?;
-    std::fs::remove_dir_all(dir.path()).at("remove", dir.path())?;
+    let to = image.disk();
+    blocking(move || {
+        copy_open(&folder::open_file(&dir.disk())?, &to)?;
+        std::fs::remove_dir_all(dir.path()).at("remove", dir.path())
+    })
+    .await?;
     Ok(lowest.clone())
 }
 
@@ -674,10 +678,4 @@ async fn tell_time(guest: &GuestClient, id: SandboxId, limit: Duration) {
         Ok(Err(error)) => tracing::warn!(sandbox = %id, %error, "a guest did not take the time"),
         Err(_) => tracing::warn!(sandbox = %id, "a guest's agent does not answer"),
     }
-}
-
-async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| HostError::Vmm(format!("a worker ended: {error}")))?
 }

@@ -9,7 +9,7 @@ use wrenn_proto::hostagent::ProcessSpec;
 use super::store::{Image, Manifest};
 use super::{ENVD, Kernel, Progress, initramfs};
 use crate::disk::{BackingFormat, create_overlay};
-use crate::error::{HostError, IoContext as _, Result};
+use crate::error::{HostError, IoContext as _, Result, blocking, remove_folder};
 use crate::guest::GuestClient;
 use crate::layout::{ImageDir, VmDir};
 use crate::net;
@@ -69,13 +69,17 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
     std::fs::File::create(&memory)
         .and_then(|file| file.set_len(u64::from(plan.shape.memory_mb) << 20))
         .at("create", &memory)?;
-    let initrd = place(INITRAMFS);
-    let modules = plan.kernel.modules();
-    let archive = initramfs::build(ENVD, &initramfs::read_modules(&modules)?);
-    std::fs::write(&initrd, archive).at("write", &initrd)?;
-    // The cache may be in a place that only the agent can enter, such as root's home.
-    let vmlinux = place(KERNEL);
-    std::fs::copy(plan.kernel.vmlinux(), &vmlinux).at("copy the kernel to", &vmlinux)?;
+    let (initrd, vmlinux) = (place(INITRAMFS), place(KERNEL));
+    let kernel = plan.kernel.clone();
+    blocking(move || {
+        let archive = initramfs::build(ENVD, &initramfs::read_modules(&kernel.modules())?);
+        std::fs::write(&initrd, archive).at("write", &initrd)?;
+        // The cache may be in a place that only the agent can enter, such as root's home.
+        std::fs::copy(kernel.vmlinux(), &vmlinux)
+            .map(drop)
+            .at("copy the kernel to", &vmlinux)
+    })
+    .await?;
     let cmdline = format!(
         "console=ttyS0 quiet loglevel=4 reboot=t panic=-1 random.trust_cpu=on tsc=reliable {} {}=/dev/vda {}={}/{} {}={} {}={}",
         kernel_settings(qemu.platform().accelerator),
@@ -130,7 +134,7 @@ pub(super) async fn freeze(qemu: &Qemu, plan: &BootPlan<'_>, progress: &Progress
     ] {
         std::fs::rename(from, &to).at("move into place", &to)?;
     }
-    std::fs::remove_dir_all(dir.path()).at("remove", dir.path())?;
+    remove_folder(dir.path()).await.at("remove", dir.path())?;
     Image::seal(
         &image,
         qemu,

@@ -8,7 +8,7 @@ use tokio::process::Command;
 
 use super::mirror::{Apt, DebianMirror};
 use super::{Progress, initramfs};
-use crate::error::{HostError, IoContext as _, Result};
+use crate::error::{HostError, IoContext as _, Result, blocking, remove_folder};
 use crate::layout::Layout;
 
 /// An unpacked kernel: `vmlinux` (uncompressed, with a PVH entry) and the drivers of the guest's devices.
@@ -69,7 +69,7 @@ impl Kernel {
             Self::fetch(layout, &apt, &work, progress).await
         }
         .await;
-        let _ = std::fs::remove_dir_all(&work);
+        let _ = remove_folder(&work).await;
         outcome
     }
 
@@ -119,26 +119,28 @@ impl Kernel {
         let modules = ready.join("modules");
         std::fs::create_dir_all(&modules).at("create", &modules)?;
         let boot = tree.join(format!("boot/vmlinuz-{version}"));
-        let image = std::fs::read(&boot).at("read", &boot)?;
-        // Seconds of work in a debug build: not on a thread that serves others.
-        let vmlinux = tokio::task::spawn_blocking(move || extract_vmlinux(&image))
-            .await
-            .map_err(|error| HostError::Vmm(error.to_string()))?
-            .map_err(|detail| HostError::Program {
+        let (unpacked, of) = (ready.clone(), version.to_owned());
+        // Seconds of work in a debug build.
+        blocking(move || {
+            let image = std::fs::read(&boot).at("read", &boot)?;
+            let vmlinux = extract_vmlinux(&image).map_err(|detail| HostError::Program {
                 program: "kernel package",
                 detail,
             })?;
-        let target = ready.join("vmlinux");
-        std::fs::write(&target, vmlinux).at("write", &target)?;
-        let root = [tree.join("lib/modules"), tree.join("usr/lib/modules")]
-            .into_iter()
-            .map(|root| root.join(version))
-            .find(|root| root.is_dir())
-            .unwrap_or_else(|| tree.clone());
-        for (name, bytes) in initramfs::read_modules(&root)? {
-            let target = modules.join(format!("{name}.ko"));
-            std::fs::write(&target, bytes).at("write", &target)?;
-        }
+            let target = unpacked.join("vmlinux");
+            std::fs::write(&target, vmlinux).at("write", &target)?;
+            let root = [tree.join("lib/modules"), tree.join("usr/lib/modules")]
+                .into_iter()
+                .map(|root| root.join(&of))
+                .find(|root| root.is_dir())
+                .unwrap_or(tree);
+            for (name, bytes) in initramfs::read_modules(&root)? {
+                let target = modules.join(format!("{name}.ko"));
+                std::fs::write(&target, bytes).at("write", &target)?;
+            }
+            Ok(())
+        })
+        .await?;
         let dir = layout.kernels().join(version);
         match std::fs::rename(&ready, &dir) {
             // Another agent on this machine was faster; its work is as good.

@@ -8,7 +8,7 @@ use tokio::process::Command;
 
 use super::mirror::{self, Apt, DebianMirror};
 use super::{Progress, fingerprint};
-use crate::error::{HostError, IoContext as _, Result};
+use crate::error::{HostError, IoContext as _, Result, blocking, remove_folder};
 use crate::layout::Layout;
 
 /// What the root filesystem is made of.
@@ -118,9 +118,7 @@ pub(super) async fn ensure(
     if std::fs::hard_link(&cached, &image).is_err() && !image.is_file() {
         let partial = layout.tmp().join(format!("{key}.ext4"));
         let (from, to) = (cached.clone(), partial.clone());
-        tokio::task::spawn_blocking(move || crate::disk::copy_sparse(&from, &to))
-            .await
-            .map_err(|error| HostError::Vmm(error.to_string()))??;
+        blocking(move || crate::disk::copy_sparse(&from, &to)).await?;
         std::fs::rename(&partial, &image).at("move into place", &image)?;
     }
     Ok(image)
@@ -188,7 +186,7 @@ fn end_programs(work: &Path) {
 
 /// Removes a builder's folder. An ordinary user's holds files of mapped users, which only their namespace can remove.
 async fn clear(work: &Path) {
-    if std::fs::remove_dir_all(work).is_ok() || rustix::process::geteuid().is_root() {
+    if remove_folder(work).await.is_ok() || rustix::process::geteuid().is_root() {
         return;
     }
     if let Err(error) = super::kernel::run("rm", mapped("rm").arg("-rf").arg(work)).await {

@@ -162,3 +162,37 @@ async fn a_script_over_a_table_through_the_command_line() {
     ok(&platform, &["snapshot", "rm", "with-data"]);
     platform.finish().await;
 }
+
+/// What the first start prints is what a newcomer pastes.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_lines_that_the_first_start_prints_work_as_printed() {
+    let platform = Platform::start(WRENN).await;
+    let log = platform.log();
+    let printed = log
+        .split_once("Try it once the template is ready:\n")
+        .expect("the lines")
+        .1;
+    let lines: Vec<&str> = printed.lines().take(3).map(str::trim).collect();
+    for (line, says) in lines
+        .iter()
+        .zip(["\"status\":\"running\"", "42", "Linux sandbox-"])
+    {
+        let mut shell = std::process::Command::new("bash");
+        // A shell of somebody's own: it has nothing of this test's environment that could help.
+        shell.args(["-c", line]);
+        for name in ["WRENN_API_KEY", "WRENN_BASE_URL", "WRENN_DIR"] {
+            shell.env_remove(name);
+        }
+        let output = shell.output().expect("bash");
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.status.success() && said.contains(says),
+            "{line}: {output:?}"
+        );
+    }
+    for sandbox in platform.client().sandboxes().list().await.expect("a list") {
+        let sandbox = platform.client().sandbox(sandbox.id);
+        sandbox.destroy_and_wait().await.expect("destroyed");
+    }
+    platform.finish().await;
+}
