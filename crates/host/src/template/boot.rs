@@ -36,9 +36,9 @@ const KERNEL: &str = "vmlinux";
 /// become root in it: what keeps sandboxes apart is the machine around the kernel, not the kernel.
 pub(super) fn kernel_settings(accelerator: Accelerator) -> &'static str {
     match accelerator {
-        // An emulated processor does not speculate, so precautions against that only cost; and zeroing memory twice is
-        // among the slowest things it does.
-        Accelerator::Tcg => "mitigations=off init_on_alloc=0",
+        // An emulated processor does not speculate, so precautions against that only cost. Zeroing memory twice, and keeping
+        // a second account of who waits for what at each switch, are among the slowest things it does.
+        Accelerator::Tcg => "mitigations=off init_on_alloc=0 psi=0",
         Accelerator::Kvm => "",
     }
 }

@@ -29,6 +29,7 @@ const LOOP: usize = 5;
 const FORK_LOOP: &str = "
 import os, sys, time
 for i in range(int(sys.argv[1])):
+    if len(sys.argv) > 2: time.sleep(float(sys.argv[2]))
     t = time.perf_counter_ns()
     a, b = os.pipe()
     p = os.posix_spawn('/bin/sh', ['sh', '-c', 'echo hi'], os.environ, file_actions=[(os.POSIX_SPAWN_DUP2, b, 1)])
@@ -38,6 +39,9 @@ for i in range(int(sys.argv[1])):
     os.waitpid(p, 0)
     print(time.perf_counter_ns() - t)
 ";
+/// Between two calls from outside a guest is idle for about so long, in seconds: its next start finds cold caches and a
+/// sleeping processor.
+const IDLE: &str = "0.002";
 /// Fills memory with what no page shares with another, tells, and holds it.
 const HOLD: &str = "
 import os, sys, time
@@ -87,13 +91,14 @@ impl<'a> Running<'a> {
     /// Round trips of a small command, once all that takes part is warm.
     pub(super) async fn execs(&self, count: usize) -> anyhow::Result<Vec<Row>> {
         let mut product = Series::new("exec round trip, `sh -c 'echo hi'`");
-        let mut inside = Series::new("fork + exec inside the guest");
+        let mut inside = Series::new("fork + exec inside the guest, one after the other");
+        let mut idle = Series::new("fork + exec inside the guest, each after 2 ms of idleness");
         let mut direct = Series::new("bare QEMU: agent called directly");
         for _ in 0..5 {
             self.sandbox.exec(&echo()).await?;
             self.bare.guest.exec("sh", &["-c", "echo hi"]).await?;
         }
-        self.fork_loop().await?;
+        self.fork_loop(None).await?;
         self.platform.rest().await;
         for round in 0..count {
             let before = Instant::now();
@@ -103,19 +108,23 @@ impl<'a> Running<'a> {
             let times = self.bare.guest.exec("sh", &["-c", "echo hi"]).await?;
             direct.time(times.end - before);
             if round % LOOP == 0 {
-                for took in self.fork_loop().await? {
+                for took in self.fork_loop(None).await? {
                     inside.time(took);
+                }
+                for took in self.fork_loop(Some(IDLE)).await? {
+                    idle.time(took);
                 }
             }
         }
-        Ok(vec![Row::new(Unit::Millis, product, [inside, direct])])
+        Ok(vec![Row::new(Unit::Millis, product, [inside, idle, direct])])
     }
 
-    async fn fork_loop(&self) -> anyhow::Result<Vec<Duration>> {
+    async fn fork_loop(&self, pause: Option<&str>) -> anyhow::Result<Vec<Duration>> {
         // The first rounds warm the loop itself up.
         const WARM_UP: usize = 2;
         let rounds = (LOOP + WARM_UP).to_string();
-        let result = self.sandbox.exec(&python(FORK_LOOP, &rounds)).await?;
+        let arguments: Vec<&str> = std::iter::once(&*rounds).chain(pause).collect();
+        let result = self.sandbox.exec(&python(FORK_LOOP, &arguments)).await?;
         let lines: Vec<u64> = result.stdout.lines().map(str::parse).collect::<Result<_, _>>()?;
         ensure!(
             lines.len() == LOOP + WARM_UP,
@@ -236,7 +245,9 @@ pub(super) async fn pauses(
         .sandboxes()
         .create_running(&usual_sandbox())
         .await?;
-    sandbox.exec_background(&python(HOLD, &mib.to_string())).await?;
+    sandbox
+        .exec_background(&python(HOLD, &[&mib.to_string()]))
+        .await?;
     let wait = Exec {
         cmd: "sh".to_owned(),
         args: vec![
@@ -292,10 +303,14 @@ pub(super) async fn pauses(
     ])
 }
 
-fn python(program: &str, argument: &str) -> Exec {
+fn python(program: &str, arguments: &[&str]) -> Exec {
     Exec {
         cmd: "python3".to_owned(),
-        args: vec!["-c".to_owned(), program.to_owned(), argument.to_owned()],
+        args: ["-c", program]
+            .iter()
+            .chain(arguments)
+            .map(|&word| word.to_owned())
+            .collect(),
         timeout_sec: Some(60),
         ..Exec::default()
     }
