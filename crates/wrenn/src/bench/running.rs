@@ -23,8 +23,10 @@ const MIB: usize = 1 << 20;
 const TRANSFER: usize = 64 * MIB;
 const FILE: &str = "/tmp/bench.bin";
 const LIMIT: Duration = Duration::from_secs(120);
-/// Commands that each run of the guest's own loop executes.
+/// Commands in a row, from outside or by the guest's own loop, …
 const LOOP: usize = 5;
+/// … after so many that are not counted.
+const WARM_UP: usize = 2;
 /// Starts the command as cheaply as a guest can, and prints each round's nanoseconds.
 const FORK_LOOP: &str = "
 import os, sys, time
@@ -94,34 +96,35 @@ impl<'a> Running<'a> {
         let mut inside = Series::new("fork + exec inside the guest, one after the other");
         let mut idle = Series::new("fork + exec inside the guest, each after 2 ms of idleness");
         let mut direct = Series::new("bare QEMU: agent called directly");
-        for _ in 0..5 {
-            self.sandbox.exec(&echo()).await?;
-            self.bare.guest.exec("sh", &["-c", "echo hi"]).await?;
-        }
-        self.fork_loop(None).await?;
         self.platform.rest().await;
-        for round in 0..count {
-            let before = Instant::now();
-            self.sandbox.exec(&echo()).await?;
-            product.time(before.elapsed());
-            let before = Instant::now();
-            let times = self.bare.guest.exec("sh", &["-c", "echo hi"]).await?;
-            direct.time(times.end - before);
-            if round % LOOP == 0 {
-                for took in self.fork_loop(None).await? {
-                    inside.time(took);
+        // Each in turn for a few rounds, like the loops inside the guest: what one leaves in the processor's caches is the
+        // next one's only at the begin, which is not measured.
+        while product.samples.len() < count {
+            for round in 0..WARM_UP + LOOP {
+                let before = Instant::now();
+                self.sandbox.exec(&echo()).await?;
+                if round >= WARM_UP {
+                    product.time(before.elapsed());
                 }
-                for took in self.fork_loop(Some(IDLE)).await? {
-                    idle.time(took);
+            }
+            for round in 0..WARM_UP + LOOP {
+                let before = Instant::now();
+                let times = self.bare.guest.exec("sh", &["-c", "echo hi"]).await?;
+                if round >= WARM_UP {
+                    direct.time(times.end - before);
                 }
+            }
+            for took in self.fork_loop(None).await? {
+                inside.time(took);
+            }
+            for took in self.fork_loop(Some(IDLE)).await? {
+                idle.time(took);
             }
         }
         Ok(vec![Row::new(Unit::Millis, product, [inside, idle, direct])])
     }
 
     async fn fork_loop(&self, pause: Option<&str>) -> anyhow::Result<Vec<Duration>> {
-        // The first rounds warm the loop itself up.
-        const WARM_UP: usize = 2;
         let rounds = (LOOP + WARM_UP).to_string();
         let arguments: Vec<&str> = std::iter::once(&*rounds).chain(pause).collect();
         let result = self.sandbox.exec(&python(FORK_LOOP, &arguments)).await?;
