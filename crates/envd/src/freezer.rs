@@ -74,6 +74,14 @@ impl Freezer {
             held.turn += 1;
             held.turn
         };
+        // Before anything is held: whoever asked may be gone at any moment, and this goes with the request.
+        let freezer = self.clone();
+        tokio::spawn(async move {
+            tokio::time::sleep(LONGEST).await;
+            if lock(&freezer.held).turn == turn {
+                freezer.thaw();
+            }
+        });
         let still = async {
             move_into(&self.agent, "0")?;
             fs::write(self.programs.join("cgroup.freeze"), "1")?;
@@ -92,14 +100,6 @@ impl Freezer {
         let outcome = still.await;
         if outcome.is_err() {
             self.thaw();
-        } else {
-            let freezer = self.clone();
-            tokio::spawn(async move {
-                tokio::time::sleep(LONGEST).await;
-                if lock(&freezer.held).turn == turn {
-                    freezer.thaw();
-                }
-            });
         }
         outcome
     }

@@ -43,21 +43,27 @@ pub(crate) async fn init(
             .map_err(|error| Failure::bad_request(format!("malformed body: {error}")))?
     };
     authorize(&agent, &headers, &request)?;
+    let outcome = take_over(&agent, request).await;
+    // Whatever came of it: the host has come back, and decides about a guest that could not take it.
+    if let Some(freezer) = &agent.freezer {
+        freezer.thaw();
+    }
+    outcome.map(|()| StatusCode::NO_CONTENT)
+}
+
+/// Makes the request's values the guest's own.
+async fn take_over(agent: &Agent, request: InitRequest) -> Result<(), Failure> {
     let prepared = Prepared::check(&request)?;
     agent.update(&request).map_err(|error| {
         log!("state: {error}");
         Failure::new(StatusCode::INTERNAL_SERVER_ERROR, "the settings cannot be stored")
     })?;
     // File system work, so off the thread that serves.
-    let applied = tokio::task::spawn_blocking(move || apply(&request, prepared)).await;
-    if let Some(freezer) = &agent.freezer {
-        freezer.thaw();
-    }
-    applied
+    tokio::task::spawn_blocking(move || apply(&request, prepared))
+        .await
         .unwrap_or_else(|_| Err("initialisation failed".to_owned()))
         // The host must know: a guest with its template's random numbers or names is no sandbox of its own.
-        .map_err(|failed| Failure::new(StatusCode::INTERNAL_SERVER_ERROR, failed))?;
-    Ok(StatusCode::NO_CONTENT)
+        .map_err(|failed| Failure::new(StatusCode::INTERNAL_SERVER_ERROR, failed))
 }
 
 /// `POST /freeze`: no program runs from the answer on, until the next `/init`.
