@@ -113,16 +113,20 @@ impl User {
         Some(user)
     }
 
+    fn has_the_agents_groups(&self) -> bool {
+        let agents = rustix::process::getgroups().unwrap_or_default();
+        rustix::process::getegid().as_raw() == self.gid
+            && agents
+                .iter()
+                .map(|group| group.as_raw())
+                .eq(self.groups.iter().copied())
+    }
+
     /// The credentials a process of this user runs with, `None` when the agent runs with just these, or may not
     /// change them.
     pub(crate) fn credentials(&self) -> Option<Credentials> {
         let own = rustix::process::geteuid();
-        let same = own.as_raw() == self.uid
-            && (!own.is_root()
-                || rustix::process::getegid().as_raw() == self.gid
-                    && rustix::process::getgroups().is_ok_and(|groups| {
-                        groups.iter().map(|group| group.as_raw()).eq(self.groups.clone())
-                    }));
+        let same = own.as_raw() == self.uid && (!own.is_root() || self.has_the_agents_groups());
         (!same).then(|| Credentials {
             uid: self.uid,
             gid: self.gid,
@@ -239,7 +243,7 @@ mod tests {
         assert_eq!(find_user(ACCOUNTS, GROUPS, "nobody"), None);
         assert_eq!(find_user(ACCOUNTS, GROUPS, ""), None);
         assert_eq!(find_user(ACCOUNTS, GROUPS, "broken line"), None);
-        assert_eq!(find_user("x:x:notanumber:0::/:/bin/sh", GROUP, "x"), None);
+        assert_eq!(find_user("x:x:notanumber:0::/:/bin/sh", GROUPS, "x"), None);
     }
 
     #[test]
