@@ -163,23 +163,6 @@ pub(crate) fn public(text: &str) -> String {
     shown
 }
 
-/// Does work with files that may take long on a thread that may wait: those of the runtime serve everybody.
-pub(crate) async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T> + Send + 'static,
-) -> Result<T> {
-    tokio::task::spawn_blocking(work)
-        .await
-        .map_err(|error| HostError::Vmm(format!("a worker ended: {error}")))?
-}
-
-/// Removes a folder with all that is in it; none there is as wanted.
-pub(crate) async fn remove_folder(path: &std::path::Path) -> std::io::Result<()> {
-    match tokio::fs::remove_dir_all(path).await {
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(()),
-        outcome => outcome,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -12,6 +12,7 @@ mod layout;
 mod manager;
 mod memory;
 pub mod net;
+mod offload;
 mod register;
 mod rpc;
 mod template;

@@ -14,9 +14,10 @@ use super::journal::{Phase, Record};
 use super::metrics::Samples;
 use super::vm::{self, Running};
 use super::{Event, Shared};
-use crate::error::{HostError, IoContext as _, Result, remove_folder};
+use crate::error::{HostError, IoContext as _, Result};
 use crate::guest::GuestClient;
 use crate::layout::VmDir;
+use crate::offload::remove_folder;
 
 /// How long a pause waits for requests under way in the guest.
 const DRAIN: Duration = Duration::from_secs(2);

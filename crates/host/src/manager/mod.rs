@@ -22,10 +22,11 @@ use tokio_util::task::TaskTracker;
 use wrenn_proto::id::{SandboxId, TeamId, TemplateId};
 use wrenn_proto::rest::SandboxStatus;
 
-use crate::error::{HostError, IoContext as _, Result, remove_folder};
+use crate::error::{HostError, IoContext as _, Result};
 use crate::guest::GuestClient;
 use crate::layout::{Layout, VmDir};
 use crate::net::EgressPolicy;
+use crate::offload::remove_folder;
 use crate::template::TemplateStore;
 use crate::vmm::Shape;
 use crate::vmm::qemu::Qemu;

@@ -13,8 +13,9 @@ use wrenn_proto::id::{TeamId, TemplateId};
 
 use super::Shared;
 use super::vm::{Restored, restore};
-use crate::error::{Result, remove_folder};
+use crate::error::Result;
 use crate::layout::VmDir;
+use crate::offload::remove_folder;
 use crate::template::{BuildState, Image, TemplateStore};
 
 /// A refill waits until creates have been quiet for this long, so as not to take their processor.

@@ -12,8 +12,9 @@ use wrenn_proto::rest::SandboxStatus;
 use super::driver::{Driver, Origin};
 use super::journal::{Phase, Record};
 use super::{Entry, Event, Manager, vm};
-use crate::error::{HostError, IoContext as _, Result, blocking};
+use crate::error::{HostError, IoContext as _, Result};
 use crate::layout::VmDir;
+use crate::offload::blocking;
 use crate::vmm::folder;
 use crate::vmm::process::{ProcessId, VmmProcess, processes};
 

@@ -16,11 +16,12 @@ use super::journal::{Phase, Record};
 use super::slots::Slot;
 use super::{Shared, Step};
 use crate::disk::{BackingFormat, copy_open, copy_sparse, create_overlay};
-use crate::error::{HostError, IoContext as _, Result, blocking, remove_folder};
+use crate::error::{HostError, IoContext as _, Result};
 use crate::guest::GuestClient;
 use crate::layout::{ImageDir, VmDir};
 use crate::memory::{self, FlatImage, Saved};
 use crate::net::{EgressPolicy, LinkTask, UserNet};
+use crate::offload::{blocking, remove_folder};
 use crate::template::Image;
 use crate::template::store::Manifest;
 use crate::vmm::folder;
@@ -666,8 +667,8 @@ async fn hold_programs(guest: &GuestClient, id: SandboxId) {
     }
 }
 
-/// Gives a guest the time after it stood still, and lets its programs go on. One that has broken its own agent is its owner's to repair or destroy:
-/// it runs all the same.
+/// Gives a guest the time after it stood still, and lets its programs go on. One that has broken its own agent is its
+/// owner's to repair or destroy: it runs all the same.
 async fn tell_time(guest: &GuestClient, id: SandboxId, limit: Duration) {
     let clock = InitRequest {
         timestamp: Some(jiff::Timestamp::now().to_string()),

@@ -9,10 +9,11 @@ use wrenn_proto::hostagent::ProcessSpec;
 use super::store::{Image, Manifest};
 use super::{ENVD, Kernel, Progress, initramfs};
 use crate::disk::{BackingFormat, create_overlay};
-use crate::error::{HostError, IoContext as _, Result, blocking, remove_folder};
+use crate::error::{HostError, IoContext as _, Result};
 use crate::guest::GuestClient;
 use crate::layout::{ImageDir, VmDir};
 use crate::net;
+use crate::offload::{blocking, remove_folder};
 use crate::vmm::qemu::{BootSource, LaunchSpec, Qemu};
 use crate::vmm::{Accelerator, Shape};
 

@@ -8,8 +8,9 @@ use tokio::process::Command;
 
 use super::mirror::{Apt, DebianMirror};
 use super::{Progress, initramfs};
-use crate::error::{HostError, IoContext as _, Result, blocking, remove_folder};
+use crate::error::{HostError, IoContext as _, Result};
 use crate::layout::Layout;
+use crate::offload::{blocking, remove_folder};
 
 /// An unpacked kernel: `vmlinux` (uncompressed, with a PVH entry) and the drivers of the guest's devices.
 #[derive(Debug, Clone, PartialEq, Eq)]

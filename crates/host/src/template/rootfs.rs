@@ -8,8 +8,9 @@ use tokio::process::Command;
 
 use super::mirror::{self, Apt, DebianMirror};
 use super::{Progress, fingerprint};
-use crate::error::{HostError, IoContext as _, Result, blocking, remove_folder};
+use crate::error::{HostError, IoContext as _, Result};
 use crate::layout::Layout;
+use crate::offload::{blocking, remove_folder};
 
 /// What the root filesystem is made of.
 #[derive(Debug, Clone)]
