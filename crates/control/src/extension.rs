@@ -43,8 +43,8 @@ pub trait Extension: Send + Sync + 'static {
         Vec::new()
     }
 
-    /// Its routes, described for the OpenAPI document, and asked for again when that is written. A path that exists already is a fault of the program: the start
-    /// ends with a panic of the router, before anything is served.
+    /// Its routes, described for the OpenAPI document, and asked for again when that is written. A path that exists
+    /// already is a fault of the program: the start ends with a panic of the router, before anything is served.
     fn routes(&self) -> OpenApiRouter<Services> {
         OpenApiRouter::new()
     }

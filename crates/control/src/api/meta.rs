@@ -7,7 +7,7 @@ use axum::extract::{MatchedPath, Request, State};
 use axum::http::header;
 use axum::middleware::Next;
 use axum::response::{Html, IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{MethodRouter, get};
 use axum::{Json, Router};
 use bytes::Bytes;
 use metrics_exporter_prometheus::{PrometheusBuilder, PrometheusHandle};
@@ -44,67 +44,45 @@ fn recorder() -> &'static PrometheusHandle {
 pub(super) fn undocumented(document: impl Fn() -> OpenApi + Send + Sync + 'static) -> Router<Services> {
     recorder();
     let document = Arc::new(document);
-    let json = Text::new(Arc::clone(&document), "application/json", |document| {
-        document.to_json().map_err(|error| error.to_string())
-    });
-    let yaml = Text::new(document, "application/yaml", |document| {
-        document.to_yaml().map_err(|error| error.to_string())
-    });
+    let yaml = Arc::clone(&document);
     Router::new()
-        .route("/openapi.json", get(move || json.serve()))
-        .route("/openapi.yaml", get(move || yaml.serve()))
+        .route(
+            "/openapi.json",
+            text("application/json", move || {
+                document().to_json().map_err(|error| error.to_string())
+            }),
+        )
+        .route(
+            "/openapi.yaml",
+            text("application/yaml", move || {
+                yaml().to_yaml().map_err(|error| error.to_string())
+            }),
+        )
         .route("/test", get(|| async { Html(TEST_PAGE) }))
         .merge(SwaggerUi::new("/docs").config(Config::new(["/openapi.json"])))
 }
 
-/// A text of the document, made when somebody asks for the first time: most starts are never asked. Only the text is
-/// kept: as the structure it is, the document takes ten times the memory.
-struct Text<D> {
-    document: Arc<D>,
+/// Serves a text that is made when somebody asks for the first time: most starts are never asked. Only the text is kept:
+/// as the structure it is, the document takes ten times the memory.
+fn text(
     kind: &'static str,
-    write: fn(&OpenApi) -> Result<String, String>,
-    text: Arc<OnceCell<Bytes>>,
-}
-
-impl<D> Clone for Text<D> {
-    fn clone(&self) -> Self {
-        Self {
-            document: Arc::clone(&self.document),
-            kind: self.kind,
-            write: self.write,
-            text: Arc::clone(&self.text),
-        }
-    }
-}
-
-impl<D: Fn() -> OpenApi + Send + Sync + 'static> Text<D> {
-    fn new(document: Arc<D>, kind: &'static str, write: fn(&OpenApi) -> Result<String, String>) -> Self {
-        Self {
-            document,
-            kind,
-            write,
-            text: Arc::default(),
-        }
-    }
-
-    fn serve(&self) -> impl Future<Output = ApiResult<Response>> + Send + use<D> {
-        let Self {
-            document,
-            kind,
-            write,
-            text,
-        } = self.clone();
+    write: impl Fn() -> Result<String, String> + Send + Sync + 'static,
+) -> MethodRouter<Services> {
+    let (write, made) = (Arc::new(write), Arc::new(OnceCell::<Bytes>::new()));
+    get(move || {
+        let (write, made) = (Arc::clone(&write), Arc::clone(&made));
         async move {
-            let make = || async move {
-                let made = tokio::task::spawn_blocking(move || write(&document())).await;
-                made.map_err(|error| Error::internal(error.to_string()))?
+            let make = async || {
+                let written = tokio::task::spawn_blocking(move || write()).await;
+                written
+                    .map_err(|error| Error::internal(error.to_string()))?
                     .map(Bytes::from)
                     .map_err(Error::internal)
             };
-            let text = text.get_or_try_init(make).await?.clone();
-            Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
+            let text = made.get_or_try_init(make).await?.clone();
+            ApiResult::Ok(([(header::CONTENT_TYPE, kind)], text).into_response())
         }
-    }
+    })
 }
 
 /// Tell whether the server can work: it is up and its database answers.
