@@ -66,6 +66,14 @@ impl Fixture {
         self.world.call_as(&self.owner.token, method, path, body).await
     }
 
+    /// The platform's host says that it is full, so that sandboxes of the team come to its own.
+    async fn fill_the_platforms_host(&self) {
+        self.world
+            .host
+            .heartbeat_with(0, wrenn_proto::rest::TemplateStatus::Ready)
+            .await;
+    }
+
     /// A sandbox of the team, when it is there or has failed.
     async fn create(&self) -> (u16, Value) {
         let request = self
@@ -230,11 +238,8 @@ async fn tags_are_added_listed_and_removed() {
 async fn a_teams_own_host_takes_its_sandboxes_alone() {
     let fixture = Fixture::new().await;
     let world = &fixture.world;
-    // The platform's host says that it is full: the team has its own, and another team has nothing.
-    world
-        .host
-        .heartbeat_with(0, wrenn_proto::rest::TemplateStatus::Ready)
-        .await;
+    // The team has its own, and another team has nothing.
+    fixture.fill_the_platforms_host().await;
     for _ in 0..3 {
         let (status, body) = fixture.create().await;
         assert_eq!(
@@ -278,11 +283,7 @@ async fn a_teams_own_host_takes_its_sandboxes_alone() {
 async fn a_host_with_sandboxes_goes_only_by_force() {
     let fixture = Fixture::new().await;
     let path = fixture.host_path();
-    fixture
-        .world
-        .host
-        .heartbeat_with(0, wrenn_proto::rest::TemplateStatus::Ready)
-        .await;
+    fixture.fill_the_platforms_host().await;
     let mut sandboxes = Vec::new();
     for _ in 0..2 {
         let (status, body) = fixture.create().await;
@@ -349,11 +350,7 @@ async fn a_host_with_sandboxes_goes_only_by_force() {
 #[tokio::test]
 async fn a_host_that_does_not_answer_goes_with_its_sandboxes() {
     let mut fixture = Fixture::new().await;
-    fixture
-        .world
-        .host
-        .heartbeat_with(0, wrenn_proto::rest::TemplateStatus::Ready)
-        .await;
+    fixture.fill_the_platforms_host().await;
     let (status, body) = fixture.create().await;
     assert_eq!(status, 201, "{body}");
     let sandbox = format!("/v1/sandboxes/{}", body["id"].as_str().expect("an id"));
@@ -383,11 +380,7 @@ async fn a_host_that_does_not_answer_goes_with_its_sandboxes() {
 async fn a_snapshot_that_is_nowhere_else_is_not_lost_by_accident() {
     let fixture = Fixture::new().await;
     let path = fixture.host_path();
-    fixture
-        .world
-        .host
-        .heartbeat_with(0, wrenn_proto::rest::TemplateStatus::Ready)
-        .await;
+    fixture.fill_the_platforms_host().await;
     let (_, body) = fixture.create().await;
     let sandbox = body["id"].as_str().expect("an id").to_owned();
     let body = json!({"sandbox_id": sandbox, "name": "golden"});
@@ -413,11 +406,7 @@ async fn a_snapshot_that_is_nowhere_else_is_not_lost_by_accident() {
 #[tokio::test]
 async fn what_is_just_being_placed_on_a_host_that_goes_starts_elsewhere() {
     let mut fixture = Fixture::new().await;
-    fixture
-        .world
-        .host
-        .heartbeat_with(0, wrenn_proto::rest::TemplateStatus::Ready)
-        .await;
+    fixture.fill_the_platforms_host().await;
     fixture.own.hold(Call::Create);
     let request = fixture
         .world
@@ -452,11 +441,7 @@ async fn what_is_just_being_placed_on_a_host_that_goes_starts_elsewhere() {
 #[tokio::test]
 async fn a_deletion_that_was_not_finished_is_taken_back_or_taken_up() {
     let fixture = Fixture::new().await;
-    fixture
-        .world
-        .host
-        .heartbeat_with(0, wrenn_proto::rest::TemplateStatus::Ready)
-        .await;
+    fixture.fill_the_platforms_host().await;
     let (status, body) = fixture.create().await;
     assert_eq!(status, 201, "{body}");
     // Marked by a process that died before it looked again: the sandbox was there, so the host stays.
@@ -480,11 +465,7 @@ async fn a_deletion_that_was_not_finished_is_taken_back_or_taken_up() {
 #[tokio::test]
 async fn a_deleted_team_takes_its_hosts_with_it() {
     let fixture = Fixture::new().await;
-    fixture
-        .world
-        .host
-        .heartbeat_with(0, wrenn_proto::rest::TemplateStatus::Ready)
-        .await;
+    fixture.fill_the_platforms_host().await;
     let (status, body) = fixture.create().await;
     assert_eq!(status, 201, "{body}");
     let path = format!("/v1/teams/{}", fixture.owner.team);
@@ -498,11 +479,7 @@ async fn a_deleted_team_takes_its_hosts_with_it() {
 #[tokio::test]
 async fn a_teams_own_host_is_called_at_public_addresses_only() {
     let mut fixture = Fixture::new().await;
-    fixture
-        .world
-        .host
-        .heartbeat_with(0, wrenn_proto::rest::TemplateStatus::Ready)
-        .await;
+    fixture.fill_the_platforms_host().await;
     let (status, body) = fixture.create().await;
     assert_eq!(status, 201, "{body}");
     let exec = format!("/v1/sandboxes/{}/exec", body["id"].as_str().expect("an id"));
