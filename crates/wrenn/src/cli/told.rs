@@ -28,7 +28,7 @@ fn warning(json: bool, message: &str, help: Option<&str>) -> String {
 }
 
 /// A hint for people.
-pub(super) fn hint(json: bool, text: &str) {
+pub(crate) fn hint(json: bool, text: &str) {
     if !json {
         eprintln!("{text}");
     }

@@ -68,11 +68,7 @@ async fn act(control: &ControlPlane, what: &What, json: bool) -> anyhow::Result<
             crate::cli::print_bytes(format!("{user}\n").as_bytes());
         }
     };
-    let note = |text: String| {
-        if !json {
-            eprintln!("{text}");
-        }
-    };
+    let note = |text: String| crate::cli::told::hint(json, &text);
     match what {
         What::Create {
             email,
