@@ -46,6 +46,8 @@ type Result<T, E = Box<dyn Error + Send + Sync>> = std::result::Result<T, E>;
 const TEAMS: usize = 1000;
 /// Sandboxes of the measured team; each other one has nine.
 const OWN: usize = 1000;
+/// Hosts on which all of these are: a database guesses by how they spread what one more host holds.
+const HOSTS: usize = 100;
 /// More keys than can be asked with before the first of them is forgotten again.
 const KEYS: usize = 10_000;
 /// Clients at once, where many are measured.
@@ -529,20 +531,24 @@ fn fill(postgres: &Postgres, team: Uuid) {
             "INSERT INTO teams (id, name, slug, created_at) \
              SELECT gen_random_uuid(), 'team', 'team-' || n, 0 FROM generate_series(1, {TEAMS}) AS n"
         ),
-        "INSERT INTO hosts SELECT (jsonb_populate_record(hosts, jsonb_build_object('id', gen_random_uuid(), \
-         'token_hash', NULL, 'status', 'offline'))).* FROM hosts"
-            .to_owned(),
+        format!(
+            "INSERT INTO hosts SELECT (jsonb_populate_record(hosts, jsonb_build_object('id', gen_random_uuid(), \
+             'token_hash', NULL, 'status', 'offline'))).* FROM hosts, generate_series(1, {HOSTS})"
+        ),
         format!(
             "INSERT INTO sandboxes (id, team_id, host_id, template_id, template_team_id, template_name, status, \
              generation, vcpus, memory_mb, disk_size_mb, timeout_sec, metadata, envs, created_at, updated_at, \
              status_at) \
              SELECT gen_random_uuid(), team, other.id, template.id, template.team_id, 'minimal', \
              (ARRAY['running', 'paused', 'stopped'])[1 + n % 3], 2, 1, 256, 1024, 0, \
-             '{{\"purpose\":\"bench\"}}', '{{}}', n, n, n \
-             FROM (SELECT id AS team, n FROM teams, generate_series(1, 9) AS n WHERE slug LIKE 'team-%' \
-             UNION ALL SELECT '{team}', n FROM generate_series(1, {OWN}) AS n) AS owned, \
+             '{{\"purpose\":\"bench\"}}', '{{}}', today + n, today + n, today + n \
+             FROM (SELECT team, n, row_number() OVER () AS place FROM \
+             (SELECT id AS team, n FROM teams, generate_series(1, 9) AS n WHERE slug LIKE 'team-%' \
+             UNION ALL SELECT '{team}', n FROM generate_series(1, {OWN}) AS n) AS every) AS owned JOIN \
+             (SELECT id, row_number() OVER () AS place FROM hosts WHERE status = 'offline') AS other \
+             ON other.place = 1 + owned.place % {HOSTS}, \
              (SELECT id, team_id FROM templates WHERE name = 'minimal') AS template, \
-             (SELECT id FROM hosts WHERE status = 'offline') AS other ORDER BY random()"
+             (SELECT (extract(epoch FROM now()) * 1000)::bigint AS today) AS clock ORDER BY random()"
         ),
         format!(
             "INSERT INTO team_api_keys (id, team_id, name, key_hash, key_prefix, created_at) \

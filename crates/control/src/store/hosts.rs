@@ -3,8 +3,8 @@
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, Query};
 use sea_orm::{
-    ActiveModelTrait, ColumnTrait, Condition, DbErr, EntityTrait, FromQueryResult, JoinType, QueryFilter,
-    QueryOrder, QuerySelect, QueryTrait, TransactionTrait,
+    ActiveModelTrait, ColumnTrait, Condition, DbErr, EntityTrait, FromQueryResult, QueryFilter, QueryOrder,
+    QuerySelect, TransactionTrait,
 };
 
 use super::entity::{host, host_refresh_token, host_token, sandbox, template_host};
@@ -438,8 +438,8 @@ impl Store {
         team: TeamId,
     ) -> Result<Vec<(Host, OnHost)>, DbErr> {
         use sea_orm::sea_query::ExprTrait as _;
-        const ARRIVING: [SandboxStatus; 2] = [SandboxStatus::Pending, SandboxStatus::Starting];
-        const HOLDING: [SandboxStatus; 6] = [
+        const ARRIVING: &[SandboxStatus] = &[SandboxStatus::Pending, SandboxStatus::Starting];
+        const HOLDING: &[SandboxStatus] = &[
             SandboxStatus::Pending,
             SandboxStatus::Starting,
             SandboxStatus::Running,
@@ -447,48 +447,40 @@ impl Store {
             SandboxStatus::Snapshotting,
             SandboxStatus::Resuming,
         ];
-        let of = |column: sandbox::Column| (sandbox::Entity, column);
-        let word = SandboxStatus::as_str;
-        let arriving: Expr = Expr::case(
-            Expr::col(of(sandbox::Column::Status)).is_in(ARRIVING.map(word)),
-            Expr::col(of(sandbox::Column::MemoryMb)),
-        )
-        .finally(0)
-        .into();
+        // Beside each host what it holds: asked apart, it would be one more round trip for every create. A query for each
+        // rather than a join, which a planner may well begin with the sandboxes of all other hosts.
+        let held = |amount: sandbox::Column, statuses: &[SandboxStatus]| {
+            let of = |column: sandbox::Column| (sandbox::Entity, column);
+            let sum = Query::select()
+                .expr(Expr::col(of(amount)).sum().cast_as("BIGINT"))
+                .from(sandbox::Entity)
+                .and_where(Expr::col(of(sandbox::Column::HostId)).equals((host::Entity, host::Column::Id)))
+                .and_where(Expr::col(of(sandbox::Column::Status)).is_in(statuses.iter().map(|s| s.as_str())))
+                .to_owned();
+            Expr::SubQuery(None, Box::new(sum.into()))
+        };
         let holders = Query::select()
             .column(template_host::Column::HostId)
             .from(template_host::Entity)
             .and_where(template_host::Column::TemplateId.eq(template.0))
             .and_where(template_host::Column::Status.eq("ready"))
             .to_owned();
-        let mut query = host::Entity::find()
-            .column_as(
-                Expr::col(of(sandbox::Column::Vcpus)).sum().cast_as("BIGINT"),
-                "held_vcpus",
-            )
-            .column_as(arriving.sum().cast_as("BIGINT"), "arriving_mb")
+        let found = host::Entity::find()
+            .column_as(held(sandbox::Column::Vcpus, HOLDING), "held_vcpus")
+            .column_as(held(sandbox::Column::MemoryMb, ARRIVING), "arriving_mb")
             .filter(host::Column::Status.eq(HostStatus::Online.as_str()))
             .filter(wanted())
             .filter(
                 Condition::any()
-                    .add(host::Column::Kind.eq(HostOwner::Platform.kind()))
+                    .add(host::Column::TeamId.is_null())
                     .add(host::Column::TeamId.eq(team.0)),
             )
             .filter(host::Column::Id.in_subquery(holders))
-            .group_by(host::Column::Id)
-            .order_by_asc(host::Column::Id);
-        // Beside each host what it holds: asked apart, it would be one more round trip for every create.
-        QueryTrait::query(&mut query).join(
-            JoinType::LeftJoin,
-            sandbox::Entity,
-            Condition::all()
-                .add(Expr::col(of(sandbox::Column::HostId)).equals((host::Entity, host::Column::Id)))
-                .add(Expr::col(of(sandbox::Column::Status)).is_in(HOLDING.map(word))),
-        );
-        query
+            .order_by_asc(host::Column::Id)
             .into_model::<Candidate>()
             .all(&self.db)
-            .await?
+            .await?;
+        found
             .into_iter()
             .map(|found| {
                 let held = OnHost {
