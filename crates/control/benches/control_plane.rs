@@ -402,7 +402,7 @@ fn operations(ready: &Ready, sandboxes: Vec<SandboxId>) -> Vec<Operation> {
         },
         Operation {
             floor: Some("floor: one row inserted and committed"),
-            statements: "6",
+            statements: "5",
             method: Method::POST,
             expect: StatusCode::ACCEPTED,
             key: own(),

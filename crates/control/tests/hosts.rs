@@ -439,6 +439,33 @@ async fn what_is_just_being_placed_on_a_host_that_goes_starts_elsewhere() {
 }
 
 #[tokio::test]
+async fn nothing_is_placed_on_a_host_that_went_a_moment_ago() {
+    for change in ["deletion = 'emptying'", "status = 'unreachable'"] {
+        let fixture = Fixture::new().await;
+        fixture.fill_the_platforms_host().await;
+        let (status, body) = fixture.create().await;
+        assert_eq!(status, 201, "{body}");
+        // By another control plane: this one has just read that the host is there.
+        fixture
+            .sql(&format!("UPDATE hosts SET {change} WHERE kind = 'byoc'"))
+            .await;
+        let (status, body) = fixture.create().await;
+        assert_eq!((status, code(&body)), (503, "no_capacity"), "{change}: {body}");
+        fixture.world.host.heartbeat().await;
+        let (status, body) = fixture.create().await;
+        assert_eq!(
+            (status, body["host_id"].as_str()),
+            (201, Some(fixture.world.host.tokens().host_id.as_str())),
+            "{change}: {body}"
+        );
+        // The refusal has left no record.
+        let (_, all) = fixture.own("GET", "/v1/sandboxes?all=true", None).await;
+        assert_eq!(all.as_array().map(Vec::len), Some(2), "{change}: {all}");
+        fixture.world.running.stop().await;
+    }
+}
+
+#[tokio::test]
 async fn a_deletion_that_was_not_finished_is_taken_back_or_taken_up() {
     let fixture = Fixture::new().await;
     fixture.fill_the_platforms_host().await;

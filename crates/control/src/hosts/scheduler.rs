@@ -8,13 +8,20 @@
 //!
 //! The agent has the last word when it reserves: this only avoids asking in vain, and two creates at the
 //! same moment may both find the last room.
+//!
+//! Hosts are read once a second at most, not for each create: their rows and the sums over all their sandboxes are what
+//! grows with a fleet. In between, what this process places is counted here; what others place or end is seen a second
+//! later. Nothing is refused by an old view, and nothing goes to a host that an old view still shows but that is to be
+//! deleted or is away: [`Store::sandbox_insert`] asks again.
 
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write as _;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use crate::config::Placement;
-use crate::domain::{Host, HostId, Sandbox, TeamId, TemplateId};
-use crate::store::{OnHost, Store};
+use crate::domain::{Host, HostId, HostOwner, Sandbox, TeamId, TemplateId};
+use crate::store::{HostFacts, OnHost, Store};
 use crate::{Error, ErrorCode, Result};
 
 /// What a sandbox needs of its host.
@@ -38,41 +45,141 @@ impl From<&Sandbox> for Needs {
     }
 }
 
+/// How old a view of the hosts may be.
+const VIEW_AGE: Duration = Duration::from_secs(1);
+
 /// The scheduler.
 #[derive(Debug, Default)]
 pub(crate) struct Scheduler {
-    next: AtomicUsize,
+    view: Mutex<View>,
+    /// Held while the hosts are read: of many creates at once, one reads for all.
+    reading: tokio::sync::Mutex<()>,
+}
+
+/// The hosts as they were read last.
+#[derive(Debug, Default)]
+struct View {
+    /// Those that take sandboxes.
+    hosts: BTreeMap<HostId, (Host, OnHost)>,
+    /// When they began to be read.
+    read_at: Option<Instant>,
+    /// Where templates are ready, and when that began to be read.
+    holders: HashMap<TemplateId, (Instant, HashSet<HostId>)>,
+    /// Whose turn it is.
+    next: usize,
 }
 
 impl Scheduler {
-    /// A host for a new sandbox, other than those that just refused it.
+    /// A host for a new sandbox, other than those that just refused it or turned out to be gone.
     pub(crate) async fn place(
         &self,
         store: &Store,
         placement: &Placement,
         needs: Needs,
         refused: &[HostId],
-    ) -> Result<Host> {
-        let mut hosts = store.hosts_with_template(needs.template, needs.team).await?;
-        hosts.retain(|(host, _)| !refused.contains(&host.id));
-        if hosts.is_empty() {
+    ) -> Result<HostId> {
+        let asked_at = Instant::now();
+        // A refusal says that the view was wrong.
+        let recent = asked_at.checked_sub(VIEW_AGE).filter(|_| refused.is_empty());
+        let mut since = recent.unwrap_or(asked_at);
+        loop {
+            self.read(store, needs.template, since).await?;
+            match self.view().place(placement, needs, refused) {
+                Err(_) if since < asked_at => since = asked_at,
+                decided => return decided,
+            }
+        }
+    }
+
+    /// A host told what it has: what is placed next need not wait for the next reading.
+    pub(crate) fn heard(&self, host: HostId, facts: &HostFacts<'_>) {
+        if let Some((host, _)) = self.view().hosts.get_mut(&host) {
+            host.cpu_cores = facts.cpu_cores.unwrap_or(host.cpu_cores);
+            host.memory_mb = facts.memory_mb.unwrap_or(host.memory_mb);
+            host.memory_available_mb = facts.memory_available_mb;
+            host.disk_available_mb = facts.disk_available_mb;
+        }
+    }
+
+    /// Reads what was not read since a moment.
+    async fn read(&self, store: &Store, template: TemplateId, since: Instant) -> Result<()> {
+        if self.view().known(template, since) == (true, true) {
+            return Ok(());
+        }
+        let _reading = self.reading.lock().await;
+        let (hosts, holders) = self.view().known(template, since);
+        let began = Instant::now();
+        if !hosts {
+            let found = store.hosts_for_placement().await?;
+            let mut view = self.view();
+            view.hosts = found
+                .into_iter()
+                .map(|(host, held)| (host.id, (host, held)))
+                .collect();
+            view.read_at = Some(began);
+        }
+        if !holders {
+            let found = store.hosts_with_template(template).await?;
+            let mut view = self.view();
+            view.holders
+                .retain(|_, (read_at, _)| began.saturating_duration_since(*read_at) < VIEW_AGE);
+            view.holders.insert(template, (began, found));
+        }
+        Ok(())
+    }
+
+    fn view(&self) -> MutexGuard<'_, View> {
+        self.view.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl View {
+    /// Whether the hosts, and those of a template, were read since a moment.
+    fn known(&self, template: TemplateId, since: Instant) -> (bool, bool) {
+        let hosts = self.read_at.is_some_and(|read_at| read_at >= since);
+        let holders = self
+            .holders
+            .get(&template)
+            .is_some_and(|(read_at, _)| *read_at >= since);
+        (hosts, holders)
+    }
+
+    /// Chooses a host, and counts there what it will hold.
+    fn place(&mut self, placement: &Placement, needs: Needs, refused: &[HostId]) -> Result<HostId> {
+        let holders = self.holders.get(&needs.template).map(|(_, holders)| holders);
+        let mut candidates: Vec<_> = self
+            .hosts
+            .values_mut()
+            .filter(|(host, _)| {
+                holders.is_some_and(|holders| holders.contains(&host.id))
+                    && match host.owner {
+                        HostOwner::Platform => true,
+                        HostOwner::Team(owner) => owner == needs.team,
+                    }
+                    && !refused.contains(&host.id)
+            })
+            .collect();
+        if candidates.is_empty() {
             return Err(Error::new(
                 ErrorCode::NoCapacity,
                 "no host that has the template is online; try again shortly",
             ));
         }
-        let rooms: Vec<Room> = hosts
+        let rooms: Vec<Room> = candidates
             .iter()
             .map(|(host, held)| Room::of(host, *held, placement))
             .collect();
-        let start = self.next.fetch_add(1, Ordering::Relaxed);
         let asked = Amounts::of(needs);
-        match choose(&rooms, asked, start) {
-            Ok(chosen) => hosts
-                .into_iter()
-                .nth(chosen)
-                .map(|(host, _)| host)
-                .ok_or_else(|| Error::internal("the scheduler chose a host that is none")),
+        match choose(&rooms, asked, self.next) {
+            Ok(chosen) => {
+                self.next = self.next.wrapping_add(1);
+                let (host, held) = candidates
+                    .get_mut(chosen)
+                    .ok_or_else(|| Error::internal("the scheduler chose a host that is none"))?;
+                held.vcpus = held.vcpus.saturating_add(needs.vcpus.into());
+                held.arriving_mb = held.arriving_mb.saturating_add(needs.memory_mb.into());
+                Ok(host.id)
+            }
             Err(lack) => Err(Error::new(
                 ErrorCode::NoCapacity,
                 lack.message(asked, &rooms, placement),
@@ -303,6 +410,72 @@ mod tests {
             arriving_mb: 7000,
         };
         assert_eq!(Room::of(&full, held, &placement).free, amounts(0, 0, 0));
+    }
+
+    #[test]
+    fn what_a_view_has_placed_counts_until_it_is_read_again() {
+        let (template, team) = (TemplateId::new(), TeamId::new());
+        let place = |view: &mut View, needs: Needs, refused: &[HostId]| {
+            let placement = Placement {
+                vcpu_overcommit: 1,
+                disk_reserve_mb: 0,
+            };
+            view.place(&placement, needs, refused)
+        };
+        let of = |owner: HostOwner| {
+            let host = Host { owner, ..host() };
+            (host.id, (host, OnHost::default()))
+        };
+        let hosts = BTreeMap::from([
+            of(HostOwner::Platform),
+            of(HostOwner::Platform),
+            of(HostOwner::Team(team)),
+            of(HostOwner::Team(TeamId::new())),
+        ]);
+        let may: HashSet<HostId> = hosts
+            .values()
+            .filter(|(host, _)| host.owner.team().is_none_or(|owner| owner == team))
+            .map(|(host, _)| host.id)
+            .collect();
+        let now = Instant::now();
+        let mut view = View {
+            holders: HashMap::from([(template, (now, hosts.keys().copied().collect()))]),
+            hosts,
+            read_at: Some(now),
+            next: 0,
+        };
+        let needs = Needs {
+            team,
+            template,
+            vcpus: 2,
+            memory_mb: 3000,
+        };
+        // Four processors and 6000 MiB: two on each of the three that take the team's.
+        let mut chosen: Vec<HostId> = (0..6)
+            .map(|_| place(&mut view, needs, &[]).expect("there is room"))
+            .collect();
+        assert_eq!(
+            place(&mut view, needs, &[]).map_err(|error| error.code),
+            Err(ErrorCode::NoCapacity)
+        );
+        chosen.sort_unstable();
+        assert!(chosen.chunks(2).all(|pair| pair[0] == pair[1]), "{chosen:?}");
+        assert_eq!(chosen.iter().copied().collect::<HashSet<_>>(), may);
+        // What is smaller than the least, but not where it was refused.
+        let least = Needs {
+            vcpus: 0,
+            memory_mb: 0,
+            ..needs
+        };
+        let refused: Vec<HostId> = may.iter().copied().skip(1).collect();
+        let left = place(&mut view, least, &refused).expect("there is room");
+        assert!(may.contains(&left) && !refused.contains(&left));
+        // Only where the template is.
+        let elsewhere = Needs {
+            template: TemplateId::new(),
+            ..least
+        };
+        assert!(place(&mut view, elsewhere, &[]).is_err());
     }
 
     #[test]

@@ -192,7 +192,7 @@ impl Services {
                 .await;
             if let Ok(host) = placed {
                 // A new decision: what the first host may still have under the old one is an orphan there.
-                let change = Change::decide(SandboxStatus::Starting, sandbox.actor).host(host.id);
+                let change = Change::decide(SandboxStatus::Starting, sandbox.actor).host(host);
                 let _: Outcome = self.settle(sandbox, change).await?;
                 return Ok(Step::Again);
             }

@@ -208,6 +208,7 @@ impl Services {
             disk_available_mb,
         };
         let back = self.store.host_heartbeat(host, facts, fresh).await?;
+        self.scheduler.heard(host.id, &facts);
         if let Some(address) = address
             && address != host.address
         {

@@ -10,7 +10,7 @@ use crate::domain::lifecycle::{Action, Request, decide};
 use crate::domain::{Millis, Principal, Sandbox, SandboxId, SandboxStatus, TemplateId, now};
 use crate::events::Event;
 use crate::hosts::{Needs, rpc};
-use crate::store::{Change, Guard, Outcome, SandboxFilter};
+use crate::store::{Change, Guard, Inserted, Outcome, SandboxFilter};
 use crate::{Error, ErrorCode, Result};
 
 /// Most sandboxes in one listing.
@@ -69,15 +69,11 @@ impl Services {
             vcpus: sizes.vcpus,
             memory_mb: sizes.memory_mb,
         };
-        let host = self
-            .scheduler
-            .place(&self.store, &self.config.placement, needs, &[])
-            .await?;
         let now = now();
-        let sandbox = Sandbox {
+        let mut sandbox = Sandbox {
             id: SandboxId::new(),
             team: principal.team,
-            host: Some(host.id),
+            host: None,
             template: template.id,
             template_team: template.team,
             template_name: template.name,
@@ -99,16 +95,18 @@ impl Services {
             status_at: now,
             actor: Some(principal.actor),
         };
-        match self.store.sandbox_insert(&sandbox).await {
-            Ok(true) => {}
-            Ok(false) => return Err(super::teams::team_gone()),
-            Err(error) if crate::store::is_missing_reference(&error) => {
-                return Err(Error::new(
-                    ErrorCode::NoCapacity,
-                    "the host that was chosen has just been removed; try again",
-                ));
+        let mut gone = Vec::new();
+        loop {
+            let host = self
+                .scheduler
+                .place(&self.store, &self.config.placement, needs, &gone)
+                .await?;
+            sandbox.host = Some(host);
+            match self.store.sandbox_insert(&sandbox).await? {
+                Inserted::Yes => break,
+                Inserted::TeamGone => return Err(super::teams::team_gone()),
+                Inserted::HostGone => gone.push(host),
             }
-            Err(error) => return Err(error.into()),
         }
         self.bus.publish(Event::Sandbox(sandbox.id));
         self.drive_decided(sandbox.id, sandbox.generation, sandbox.status);

@@ -8,11 +8,12 @@ use sea_orm::{
     Statement, TransactionTrait,
 };
 
-use super::entity::{api_key, event, event_cursor, team, user};
+use super::entity::{api_key, event, event_cursor, host, team, user};
+use super::hosts::takes_sandboxes;
 use super::{DatabaseTransaction, Store, big, corrupt};
 use crate::domain::around::{ActorType, AuditActor};
 use crate::domain::event::{EventActor, EventKind, EventOutcome, NewEvent, StateEvent};
-use crate::domain::{Actor, Millis, TeamId, now};
+use crate::domain::{Actor, HostId, Millis, TeamId, now};
 
 /// Writes an event in the transaction of the change that it tells of.
 pub(super) async fn record(db: &impl ConnectionTrait, new: NewEvent) -> Result<(), DbErr> {
@@ -26,19 +27,28 @@ pub(super) async fn record(db: &impl ConnectionTrait, new: NewEvent) -> Result<(
     db.execute(&insert).await.map(drop)
 }
 
-/// The same, if the event's team lives; returns whether it does, and until the transaction ends: as
-/// [`team_held`](super::teams::team_held), and after the transaction's write like it, without a round trip of its own.
-pub(super) async fn record_in_live_team(
+/// The same for a new sandbox on a host, if its team lives and its host takes sandboxes; returns whether both is true. The
+/// team does until the transaction ends: as [`team_held`](super::teams::team_held), and after the transaction's write like
+/// it, without a round trip of its own.
+pub(super) async fn record_placed(
     transaction: &DatabaseTransaction,
     new: NewEvent,
+    host: HostId,
 ) -> Result<bool, DbErr> {
     let id = new.team.0;
     let (columns, values) = row(new)?;
+    let host = Query::select()
+        .expr(Expr::val(1))
+        .from(host::Entity)
+        .and_where(host::Column::Id.eq(host.0))
+        .cond_where(takes_sandboxes())
+        .to_owned();
     let mut live = Query::select();
     live.exprs(values)
         .from(team::Entity)
         .and_where(team::Column::Id.eq(id))
         .and_where(team::Column::DeletedAt.is_null())
+        .and_where(Expr::exists(host))
         .lock(LockType::Share);
     let mut insert = Query::insert();
     insert

@@ -1,5 +1,7 @@
 //! Hosts, their tokens and heartbeats.
 
+use std::collections::HashSet;
+
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, Query};
 use sea_orm::{
@@ -43,6 +45,7 @@ pub(crate) struct HostRefresh<'a> {
 }
 
 /// What an agent tells regularly.
+#[derive(Clone, Copy)]
 pub(crate) struct HostFacts<'a> {
     pub(crate) version: &'a str,
     /// As registered when absent.
@@ -430,13 +433,8 @@ impl Store {
             .collect()
     }
 
-    /// Online hosts that take a team's sandboxes and on which a template is ready, in a stable order, and what sandboxes
-    /// hold of each.
-    pub(crate) async fn hosts_with_template(
-        &self,
-        template: TemplateId,
-        team: TeamId,
-    ) -> Result<Vec<(Host, OnHost)>, DbErr> {
+    /// Online hosts that nobody wants to delete, and what sandboxes hold of each.
+    pub(crate) async fn hosts_for_placement(&self) -> Result<Vec<(Host, OnHost)>, DbErr> {
         use sea_orm::sea_query::ExprTrait as _;
         const ARRIVING: &[SandboxStatus] = &[SandboxStatus::Pending, SandboxStatus::Starting];
         const HOLDING: &[SandboxStatus] = &[
@@ -447,8 +445,8 @@ impl Store {
             SandboxStatus::Snapshotting,
             SandboxStatus::Resuming,
         ];
-        // Beside each host what it holds: asked apart, it would be one more round trip for every create. A query for each
-        // rather than a join, which a planner may well begin with the sandboxes of all other hosts.
+        // A query for each host rather than a join, which a planner may well begin with the sandboxes of hosts that are
+        // away.
         let held = |amount: sandbox::Column, statuses: &[SandboxStatus]| {
             let of = |column: sandbox::Column| (sandbox::Entity, column);
             let sum = Query::select()
@@ -459,24 +457,10 @@ impl Store {
                 .to_owned();
             Expr::SubQuery(None, Box::new(sum.into()))
         };
-        let holders = Query::select()
-            .column(template_host::Column::HostId)
-            .from(template_host::Entity)
-            .and_where(template_host::Column::TemplateId.eq(template.0))
-            .and_where(template_host::Column::Status.eq("ready"))
-            .to_owned();
         let found = host::Entity::find()
             .column_as(held(sandbox::Column::Vcpus, HOLDING), "held_vcpus")
             .column_as(held(sandbox::Column::MemoryMb, ARRIVING), "arriving_mb")
-            .filter(host::Column::Status.eq(HostStatus::Online.as_str()))
-            .filter(wanted())
-            .filter(
-                Condition::any()
-                    .add(host::Column::TeamId.is_null())
-                    .add(host::Column::TeamId.eq(team.0)),
-            )
-            .filter(host::Column::Id.in_subquery(holders))
-            .order_by_asc(host::Column::Id)
+            .filter(takes_sandboxes())
             .into_model::<Candidate>()
             .all(&self.db)
             .await?;
@@ -491,6 +475,26 @@ impl Store {
             })
             .collect()
     }
+
+    /// Hosts on which a template is ready, whatever else is true of them.
+    pub(crate) async fn hosts_with_template(&self, template: TemplateId) -> Result<HashSet<HostId>, DbErr> {
+        let found: Vec<uuid::Uuid> = template_host::Entity::find()
+            .select_only()
+            .column(template_host::Column::HostId)
+            .filter(template_host::Column::TemplateId.eq(template.0))
+            .filter(template_host::Column::Status.eq("ready"))
+            .into_tuple()
+            .all(&self.db)
+            .await?;
+        Ok(found.into_iter().map(HostId).collect())
+    }
+}
+
+/// Hosts on which new sandboxes may be placed.
+pub(super) fn takes_sandboxes() -> Condition {
+    Condition::all()
+        .add(host::Column::Status.eq(HostStatus::Online.as_str()))
+        .add(wanted())
 }
 
 /// What sandboxes hold of a host.

@@ -47,7 +47,7 @@ pub(crate) use channels::{Delivery, DeliveryEnd};
 pub(crate) use host_management::{MAX_TAGS, NewHost, Tagged};
 pub(crate) use hosts::{HostFacts, HostRefresh, HostRegistration, OnHost};
 pub(crate) use idempotency::ClaimTimes;
-pub(crate) use sandboxes::{Change, Guard, SandboxFilter};
+pub(crate) use sandboxes::{Change, Guard, Inserted, SandboxFilter};
 pub(crate) use templates::{Finish, Made};
 pub(crate) use usage::DAY;
 pub use usage::Held;
@@ -231,7 +231,7 @@ fn keep_private(path: &Path, make: bool) -> std::io::Result<()> {
 }
 
 /// Whether a write failed because what it refers to is gone.
-pub(crate) fn is_missing_reference(error: &DbErr) -> bool {
+fn is_missing_reference(error: &DbErr) -> bool {
     matches!(error.sql_err(), Some(SqlErr::ForeignKeyConstraintViolation(_)))
 }
 

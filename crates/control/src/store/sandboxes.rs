@@ -11,7 +11,8 @@ use sea_orm::{
 
 use super::entity::Hidden;
 use super::entity::sandbox::{ActiveModel, Column, Entity, Model};
-use super::events::{record, record_in_live_team};
+use super::events::{record, record_placed};
+use super::teams::team_held;
 use super::{Outcome, Store, big, corrupt, int, unsigned};
 use crate::domain::around::AuditActor;
 use crate::domain::event::NewEvent;
@@ -126,10 +127,24 @@ pub(crate) struct SandboxFilter {
     pub(crate) before: Option<SandboxId>,
 }
 
+/// What became of a new record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Inserted {
+    /// It is there.
+    Yes,
+    /// Its team has been deleted.
+    TeamGone,
+    /// Its host takes no sandboxes any more.
+    HostGone,
+}
+
 impl Store {
-    /// Adds a record, if its team lives; returns whether it does. A deletion of the team waits for it, or is
-    /// seen by it, so no sandbox outlives its team.
-    pub(crate) async fn sandbox_insert(&self, sandbox: &Sandbox) -> Result<bool, DbErr> {
+    /// Adds a record, if its team lives and its host takes sandboxes. A deletion of the team waits for it, or is seen by
+    /// it, so no sandbox outlives its team; a deletion of the host finds it.
+    pub(crate) async fn sandbox_insert(&self, sandbox: &Sandbox) -> Result<Inserted, DbErr> {
+        let Some(host) = sandbox.host else {
+            return Ok(Inserted::HostGone);
+        };
         let created = NewEvent::sandbox(
             sandbox.team,
             sandbox.id,
@@ -139,15 +154,26 @@ impl Store {
             None,
         );
         let transaction = self.db.begin().await?;
-        Entity::insert(row(sandbox)?)
+        match Entity::insert(row(sandbox)?)
             .exec_without_returning(&transaction)
-            .await?;
-        if !record_in_live_team(&transaction, created).await? {
-            transaction.rollback().await?;
-            return Ok(false);
+            .await
+        {
+            Ok(_) => {}
+            // Rows of teams stay when teams are deleted.
+            Err(error) if super::is_missing_reference(&error) => return Ok(Inserted::HostGone),
+            Err(error) => return Err(error),
         }
-        transaction.commit().await?;
-        Ok(true)
+        if record_placed(&transaction, created, host).await? {
+            transaction.commit().await?;
+            return Ok(Inserted::Yes);
+        }
+        let team_lives = team_held(&transaction, sandbox.team).await?;
+        transaction.rollback().await?;
+        Ok(if team_lives {
+            Inserted::HostGone
+        } else {
+            Inserted::TeamGone
+        })
     }
 
     /// One record, whoever owns it.
