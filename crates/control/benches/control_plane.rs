@@ -175,8 +175,9 @@ async fn floors(database: &str) -> Result<Router> {
     database
         .execute_unprepared("CREATE TABLE bench_floor (id uuid PRIMARY KEY)")
         .await?;
-    async fn rows(database: &DatabaseConnection, sql: &str, id: Uuid) -> Json<Value> {
-        let statement = Statement::from_sql_and_values(database.get_database_backend(), sql, [id.into()]);
+    async fn rows(database: &DatabaseConnection, sql: &str, id: Option<Uuid>) -> Json<Value> {
+        let values = id.map(sea_orm::Value::from);
+        let statement = Statement::from_sql_and_values(database.get_database_backend(), sql, values);
         let found = database
             .query_all_raw(statement)
             .await
@@ -189,7 +190,7 @@ async fn floors(database: &str) -> Result<Router> {
             "/row/{id}",
             get(
                 |State(database): State<DatabaseConnection>, Path(id): Path<Uuid>| async move {
-                    rows(&database, "SELECT * FROM sandboxes WHERE id = $1", id).await
+                    rows(&database, "SELECT * FROM sandboxes WHERE id = $1", Some(id)).await
                 },
             ),
         )
@@ -197,15 +198,21 @@ async fn floors(database: &str) -> Result<Router> {
             "/page/{team}",
             get(
                 |State(database): State<DatabaseConnection>, Path(id): Path<Uuid>| async move {
-                    let sql = "SELECT * FROM sandboxes WHERE team_id = $1 ORDER BY created_at DESC LIMIT 50";
-                    rows(&database, sql, id).await
+                    // The team is part of the text: for any team, PostgreSQL plans for one of the usual size, and sorts.
+                    let sql = format!(
+                        "SELECT * FROM sandboxes WHERE team_id = '{id}' AND status IN ('pending', 'starting', 'running', \
+                         'pausing', 'paused', 'snapshotting', 'resuming', 'stopping', 'missing', 'error') \
+                         ORDER BY created_at DESC, id DESC LIMIT 50"
+                    );
+                    rows(&database, &sql, None).await
                 },
             ),
         )
         .route(
             "/commit",
             post(|State(database): State<DatabaseConnection>| async move {
-                rows(&database, "INSERT INTO bench_floor VALUES ($1)", Uuid::now_v7()).await
+                let id = Some(Uuid::now_v7());
+                rows(&database, "INSERT INTO bench_floor VALUES ($1)", id).await
             }),
         )
         .with_state(database))
