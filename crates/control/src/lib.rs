@@ -398,6 +398,10 @@ impl ControlPlane {
         shutdown: impl Future<Output = ()> + Send + 'static,
     ) -> Result<()> {
         self.start_background().await?;
+        let config = &self.services.config;
+        if config.smtp.is_none() && !config.log_links {
+            tracing::warn!("no mail server is set (WRENN_SMTP_URL): links for lost passwords go nowhere");
+        }
         let closing = self.services.tasks.closing().clone();
         let grace = self.services.config.timings.shutdown_grace;
         // Describing and assembling the API is work; the listeners share one.

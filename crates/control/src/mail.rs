@@ -70,10 +70,7 @@ impl Mailer {
     ) -> Result<Self> {
         let way = match smtp {
             None if log_links => Way::Log,
-            None => {
-                tracing::warn!("no mail server is set (WRENN_SMTP_URL): links for lost passwords go nowhere");
-                Way::Nowhere
-            }
+            None => Way::Nowhere,
             Some(SmtpConfig { url, from }) => Way::Smtp {
                 transport: Box::new(
                     AsyncSmtpTransport::<Tokio1Executor>::from_url(url)

@@ -797,6 +797,31 @@ async fn passwords_and_tokens_are_never_logged() {
         .post("/v1/auth/activate", json!({"token": activation}))
         .await;
     let (_, session) = place.login("log@example.com", secrets[0]).await;
+    let (status, key) = place
+        .as_user(
+            text(&session, "token"),
+            "POST",
+            "/v1/api-keys",
+            json!({"name": "k"}),
+        )
+        .await;
+    assert_eq!(status, 201, "{key}");
+    let id = text(&key, "id");
+    let key = text(&key, "key");
+    for (presented, wanted) in [(key.to_owned(), 200), (format!("{key}0"), 401)] {
+        let request = place
+            .request("GET", "/v1/sandboxes", None)
+            .header("x-api-key", presented);
+        assert_eq!(answer(request).await.0, wanted);
+    }
+    let path = format!("/v1/api-keys/{id}");
+    assert_eq!(
+        place
+            .as_user(text(&session, "token"), "DELETE", &path, json!({}))
+            .await
+            .0,
+        204
+    );
     place
         .post(
             "/v1/auth/login",
@@ -841,7 +866,7 @@ async fn passwords_and_tokens_are_never_logged() {
     for secret in secrets
         .iter()
         .copied()
-        .chain([activation.as_str(), &reset, text(&session, "token")])
+        .chain([activation.as_str(), &reset, text(&session, "token"), key])
     {
         assert!(!ours.iter().any(|line| line.contains(secret)), "{secret}");
         assert!(!audited.iter().any(|text| text.contains(secret)), "{secret}");
@@ -849,7 +874,10 @@ async fn passwords_and_tokens_are_never_logged() {
     // At the levels that a server runs with, nobody logs one.
     for line in logged.lines().filter(|line| !line.contains("TRACE")) {
         assert!(!secrets.iter().any(|secret| line.contains(secret)), "{line}");
-        assert!(!line.contains(&reset) && !line.contains(&activation), "{line}");
+        assert!(
+            !line.contains(&reset) && !line.contains(&activation) && !line.contains(key),
+            "{line}"
+        );
     }
 }
 

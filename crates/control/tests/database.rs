@@ -54,6 +54,53 @@ async fn of_several_that_start_on_an_empty_database_one_migrates() {
 }
 
 #[tokio::test]
+async fn ids_are_uuids_and_what_refers_to_a_row_goes_with_it_or_stays_or_holds_it() {
+    let postgres = Postgres::start();
+    let dir = tempfile::tempdir().expect("a directory");
+    ControlPlane::migrate(&config(&postgres, dir.path()))
+        .await
+        .expect("migrated");
+    let lines = |sql: &str| -> Vec<String> { postgres.execute(sql).lines().map(str::to_owned).collect() };
+    // Actors and resources are of several kinds. Events are numbered, since their order counts.
+    assert_eq!(
+        lines(
+            "SELECT table_name || '.' || column_name FROM information_schema.columns \
+             WHERE table_schema = 'public' AND data_type <> 'uuid' \
+             AND (column_name = 'id' OR column_name LIKE '%\\_id') ORDER BY 1"
+        ),
+        [
+            "audit_logs.actor_id",
+            "audit_logs.resource_id",
+            "event_cursor.id",
+            "events.actor_id",
+            "events.id",
+            "events.resource_id",
+            "sandboxes.actor_id"
+        ]
+    );
+    let rules = lines(
+        "SELECT conrelid::regclass::text || '.' || attname || ' ' || confdeltype::text FROM pg_constraint \
+         JOIN pg_attribute ON attrelid = conrelid AND attnum = conkey[1] \
+         WHERE contype = 'f' AND connamespace = 'public'::regnamespace ORDER BY 1",
+    );
+    for (refers, rule) in [
+        ("users_teams.user_id", "c"),
+        ("users_teams.team_id", "c"),
+        ("oauth_identities.user_id", "c"),
+        ("admin_permissions.user_id", "c"),
+        ("team_api_keys.created_by", "n"),
+        ("hosts.created_by", "n"),
+        ("host_tokens.created_by", "n"),
+        // A sandbox has to be destroyed before its team or host goes.
+        ("sandboxes.team_id", "r"),
+        ("sandboxes.host_id", "r"),
+    ] {
+        let wanted = format!("{refers} {rule}");
+        assert!(rules.contains(&wanted), "{wanted}: {rules:#?}");
+    }
+}
+
+#[tokio::test]
 async fn a_newer_schema_is_refused() {
     let postgres = Postgres::start();
     let dir = tempfile::tempdir().expect("a directory");

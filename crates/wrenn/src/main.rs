@@ -42,7 +42,7 @@ enum Command {
 fn main() -> ExitCode {
     // Before anything reads the environment, and before there is a second thread.
     let env_file = dotenvy::dotenv();
-    let Cli { global, command } = match Cli::try_parse() {
+    let Cli { global, command } = match Cli::try_parse().map_err(cli::told::without_password) {
         Ok(cli) => cli,
         Err(error) if error.use_stderr() && cli::told::wants_json(std::env::args_os()) => {
             eprintln!("{}", cli::told::usage_line(&error));

@@ -434,6 +434,14 @@ fn a_debian_mirror_is_checked_and_shown_without_its_password() {
             .contains("https://deb.debian.org/debian"),
         "{error}"
     );
+    for mistyped in ["htps://me:secret@mirror.example", "me:secret@mirror.example"] {
+        let output = shown(mistyped);
+        let error = String::from_utf8_lossy(&output.stderr);
+        assert!(
+            error.contains("****@mirror.example") && !error.contains("secret"),
+            "{error}"
+        );
+    }
     let default: Value = serde_json::from_str(&platform.out(&["config", "--json"])).unwrap();
     assert!(
         default["WRENN_DEBIAN_MIRROR"]

@@ -107,23 +107,33 @@ impl Scheduler {
             return Ok(());
         }
         let _reading = self.reading.lock().await;
-        let (hosts, holders) = self.view().known(template, since);
+        let (hosts_known, holders_known) = self.view().known(template, since);
         let began = Instant::now();
-        if !hosts {
-            let found = store.hosts_for_placement().await?;
-            let mut view = self.view();
-            view.hosts = found
+        let hosts = async {
+            match hosts_known {
+                true => Ok(None),
+                false => store.hosts_for_placement().await.map(Some),
+            }
+        };
+        let holders = async {
+            match holders_known {
+                true => Ok(None),
+                false => store.hosts_with_template(template).await.map(Some),
+            }
+        };
+        let (hosts, holders) = tokio::try_join!(hosts, holders)?;
+        let mut view = self.view();
+        if let Some(hosts) = hosts {
+            view.hosts = hosts
                 .into_iter()
                 .map(|(host, held)| (host.id, (host, held)))
                 .collect();
             view.read_at = Some(began);
         }
-        if !holders {
-            let found = store.hosts_with_template(template).await?;
-            let mut view = self.view();
+        if let Some(holders) = holders {
             view.holders
                 .retain(|_, (read_at, _)| began.saturating_duration_since(*read_at) < VIEW_AGE);
-            view.holders.insert(template, (began, found));
+            view.holders.insert(template, (began, holders));
         }
         Ok(())
     }

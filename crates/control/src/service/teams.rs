@@ -315,4 +315,27 @@ mod tests {
         assert!(slugs.next().is_none());
         store.close().await.expect("closed");
     }
+
+    #[tokio::test]
+    async fn of_many_that_draw_the_same_slug_at_once_each_gets_its_own() {
+        let (_dir, store, owner) = Store::scratch("aaaaaa-aaaaaa").await;
+        let created = futures::future::join_all((0..8).map(|number| {
+            let store = &store;
+            async move {
+                let mut slugs = vec![format!("cccccc-00000{number}"), "bbbbbb-bbbbbb".to_owned()];
+                let next = || Ok(slugs.pop().expect("enough"));
+                with_slug(next, async |slug: String| {
+                    let created = store.team_create("New", &slug, owner).await?;
+                    Ok((slug, created.is_some()))
+                })
+                .await
+                .expect("a slug")
+            }
+        }))
+        .await;
+        assert!(created.iter().all(|(_, created)| *created), "{created:?}");
+        let first = created.iter().filter(|(slug, _)| slug == "bbbbbb-bbbbbb");
+        assert_eq!(first.count(), 1, "{created:?}");
+        store.close().await.expect("closed");
+    }
 }

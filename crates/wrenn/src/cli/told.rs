@@ -41,6 +41,19 @@ pub(crate) fn wants_json(args: impl IntoIterator<Item = std::ffi::OsString>) -> 
         .any(|arg| arg == "--json")
 }
 
+/// Leaves out what an error would repeat of a URL that could not be parsed: it may hold a password.
+pub(crate) fn without_password(mut error: clap::Error) -> clap::Error {
+    use clap::error::{ContextKind, ContextValue};
+    if let Some(ContextValue::String(value)) = error.get(ContextKind::InvalidValue)
+        && let Some((user, place)) = value.rsplit_once('@')
+        && user.contains(':')
+    {
+        let shown = format!("****@{place}");
+        error.insert(ContextKind::InvalidValue, ContextValue::String(shown));
+    }
+    error
+}
+
 /// A command line that is wrong, as `--json` tells it: the parser's first paragraph says why, the others help.
 pub(crate) fn usage_line(error: &clap::Error) -> Value {
     let text = error.render().to_string();
