@@ -201,7 +201,7 @@ async fn floors(database: &str) -> Result<Router> {
                     // The team is part of the text: for any team, PostgreSQL plans for one of the usual size, and sorts.
                     let sql = format!(
                         "SELECT * FROM sandboxes WHERE team_id = '{id}' AND status IN ('pending', 'starting', 'running', \
-                         'pausing', 'paused', 'snapshotting', 'resuming', 'stopping', 'missing', 'error') \
+                         'pausing', 'paused', 'snapshotting', 'resuming', 'hibernated', 'stopping', 'missing', 'error') \
                          ORDER BY created_at DESC, id DESC LIMIT 50"
                     );
                     rows(&database, &sql, None).await

@@ -440,15 +440,17 @@ async fn what_is_just_being_placed_on_a_host_that_goes_starts_elsewhere() {
 
 #[tokio::test]
 async fn nothing_is_placed_on_a_host_that_went_a_moment_ago() {
-    for change in ["deletion = 'emptying'", "status = 'unreachable'"] {
+    for change in [
+        "UPDATE hosts SET deletion = 'emptying' WHERE kind = 'byoc'",
+        "UPDATE hosts SET status = 'unreachable' WHERE kind = 'byoc'",
+        "UPDATE template_hosts SET status = 'failed' WHERE host_id IN (SELECT id FROM hosts WHERE kind = 'byoc')",
+    ] {
         let fixture = Fixture::new().await;
         fixture.fill_the_platforms_host().await;
         let (status, body) = fixture.create().await;
         assert_eq!(status, 201, "{body}");
         // By another control plane: this one has just read that the host is there.
-        fixture
-            .sql(&format!("UPDATE hosts SET {change} WHERE kind = 'byoc'"))
-            .await;
+        fixture.sql(change).await;
         let (status, body) = fixture.create().await;
         assert_eq!((status, code(&body)), (503, "no_capacity"), "{change}: {body}");
         fixture.world.host.heartbeat().await;

@@ -288,7 +288,7 @@ async fn a_request_takes_as_many_statements_as_the_documentation_says() {
     assert_eq!(first.len(), 2, "an unknown key and the list: {first:#?}");
     assert!(first[0].contains(KEY_LOOKUP), "{first:#?}");
 
-    // The hosts are read once a second at most; again, that second may end in between.
+    // A view of the hosts counts for a second; again, that second may end in between.
     let mut created = Value::Null;
     let mut accepted = Vec::new();
     for tried in 1..=50 {

@@ -9,10 +9,10 @@
 //! The agent has the last word when it reserves: this only avoids asking in vain, and two creates at the
 //! same moment may both find the last room.
 //!
-//! Hosts are read once a second at most, not for each create: their rows and the sums over all their sandboxes are what
-//! grows with a fleet. In between, what this process places is counted here; what others place or end is seen a second
-//! later. Nothing is refused by an old view, and nothing goes to a host that an old view still shows but that is to be
-//! deleted or is away: [`Store::sandbox_insert`] asks again.
+//! Creates share a view of the hosts that is a second old at most: their rows and the sums over all their sandboxes are
+//! what grows with a fleet. In between, what this process places is counted here; what others place or end, and what is
+//! just being written while the hosts are read, is seen a second later. Before a refusal, and after a host that refused,
+//! they are read anew. Whether the chosen host still takes sandboxes of the template, [`Store::sandbox_insert`] asks again.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt::Write as _;
@@ -20,7 +20,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::config::Placement;
-use crate::domain::{Host, HostId, HostOwner, Sandbox, TeamId, TemplateId};
+use crate::domain::{Host, HostId, Sandbox, TeamId, TemplateId};
 use crate::store::{HostFacts, OnHost, Store};
 use crate::{Error, ErrorCode, Result};
 
@@ -106,7 +106,8 @@ impl Scheduler {
         if self.view().known(template, since) == (true, true) {
             return Ok(());
         }
-        let _reading = self.reading.lock().await;
+        // A statement whose answer does not come holds up its own create alone: the others read for themselves then.
+        let _reading = tokio::time::timeout(VIEW_AGE, self.reading.lock()).await;
         let (hosts_known, holders_known) = self.view().known(template, since);
         let began = Instant::now();
         let hosts = async {
@@ -123,14 +124,21 @@ impl Scheduler {
         };
         let (hosts, holders) = tokio::try_join!(hosts, holders)?;
         let mut view = self.view();
-        if let Some(hosts) = hosts {
+        if let Some(hosts) = hosts
+            && view.read_at.is_none_or(|read_at| read_at < began)
+        {
             view.hosts = hosts
                 .into_iter()
                 .map(|(host, held)| (host.id, (host, held)))
                 .collect();
             view.read_at = Some(began);
         }
-        if let Some(holders) = holders {
+        if let Some(holders) = holders
+            && view
+                .holders
+                .get(&template)
+                .is_none_or(|(read_at, _)| *read_at < began)
+        {
             view.holders
                 .retain(|_, (read_at, _)| began.saturating_duration_since(*read_at) < VIEW_AGE);
             view.holders.insert(template, (began, holders));
@@ -162,10 +170,7 @@ impl View {
             .values_mut()
             .filter(|(host, _)| {
                 holders.is_some_and(|holders| holders.contains(&host.id))
-                    && match host.owner {
-                        HostOwner::Platform => true,
-                        HostOwner::Team(owner) => owner == needs.team,
-                    }
+                    && host.owner.serves(needs.team)
                     && !refused.contains(&host.id)
             })
             .collect();
@@ -444,7 +449,7 @@ mod tests {
         ]);
         let may: HashSet<HostId> = hosts
             .values()
-            .filter(|(host, _)| host.owner.team().is_none_or(|owner| owner == team))
+            .filter(|(host, _)| host.owner.serves(team))
             .map(|(host, _)| host.id)
             .collect();
         let now = Instant::now();

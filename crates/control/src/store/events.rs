@@ -8,12 +8,11 @@ use sea_orm::{
     Statement, TransactionTrait,
 };
 
-use super::entity::{api_key, event, event_cursor, host, team, user};
-use super::hosts::takes_sandboxes;
+use super::entity::{api_key, event, event_cursor, team, user};
 use super::{DatabaseTransaction, Store, big, corrupt};
 use crate::domain::around::{ActorType, AuditActor};
 use crate::domain::event::{EventActor, EventKind, EventOutcome, NewEvent, StateEvent};
-use crate::domain::{Actor, HostId, Millis, TeamId, now};
+use crate::domain::{Actor, Millis, TeamId, now};
 
 /// Writes an event in the transaction of the change that it tells of.
 pub(super) async fn record(db: &impl ConnectionTrait, new: NewEvent) -> Result<(), DbErr> {
@@ -27,28 +26,23 @@ pub(super) async fn record(db: &impl ConnectionTrait, new: NewEvent) -> Result<(
     db.execute(&insert).await.map(drop)
 }
 
-/// The same for a new sandbox on a host, if its team lives and its host takes sandboxes; returns whether both is true. The
-/// team does until the transaction ends: as [`team_held`](super::teams::team_held), and after the transaction's write like
-/// it, without a round trip of its own.
+/// The same for a new sandbox, if its team lives and there is a place for it, which `place` selects; returns whether both
+/// is true. The team lives until the transaction ends: as [`team_held`](super::teams::team_held), and after the
+/// transaction's write like it, without a round trip of its own. The place is not held: a deletion of the host that does
+/// not see the sandbox leaves it to the driver, which finds another, and the host's row stays as long as it is referred to.
 pub(super) async fn record_placed(
     transaction: &DatabaseTransaction,
     new: NewEvent,
-    host: HostId,
+    place: SelectStatement,
 ) -> Result<bool, DbErr> {
     let id = new.team.0;
     let (columns, values) = row(new)?;
-    let host = Query::select()
-        .expr(Expr::val(1))
-        .from(host::Entity)
-        .and_where(host::Column::Id.eq(host.0))
-        .cond_where(takes_sandboxes())
-        .to_owned();
     let mut live = Query::select();
     live.exprs(values)
         .from(team::Entity)
         .and_where(team::Column::Id.eq(id))
         .and_where(team::Column::DeletedAt.is_null())
-        .and_where(Expr::exists(host))
+        .and_where(Expr::exists(place))
         .lock(LockType::Share);
     let mut insert = Query::insert();
     insert

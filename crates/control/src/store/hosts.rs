@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 
 use sea_orm::ActiveValue::Set;
-use sea_orm::sea_query::{Expr, Query};
+use sea_orm::sea_query::{Expr, Query, SelectStatement};
 use sea_orm::{
     ActiveModelTrait, ColumnTrait, Condition, DbErr, EntityTrait, FromQueryResult, QueryFilter, QueryOrder,
     QuerySelect, TransactionTrait,
@@ -12,10 +12,12 @@ use sea_orm::{
 use super::entity::{host, host_refresh_token, host_token, sandbox, template_host};
 use super::events::record;
 use super::host_management::{revoke_one_time, revoke_refresh, wanted};
+use super::templates::status_word;
 use super::{Store, big, corrupt, int, unsigned};
 use crate::domain::event::{EventKind, EventPayload, NewEvent};
 use crate::domain::{
-    Host, HostDeletion, HostId, HostOwner, HostStatus, Millis, SandboxStatus, TeamId, TemplateId, now,
+    Host, HostDeletion, HostId, HostOwner, HostStatus, Millis, SandboxStatus, TeamId, TemplateId,
+    TemplateStatus, now,
 };
 
 /// What an agent tells about its machine, with the tokens it gets (hashed, but for the one that the
@@ -460,7 +462,8 @@ impl Store {
         let found = host::Entity::find()
             .column_as(held(sandbox::Column::Vcpus, HOLDING), "held_vcpus")
             .column_as(held(sandbox::Column::MemoryMb, ARRIVING), "arriving_mb")
-            .filter(takes_sandboxes())
+            .filter(host::Column::Status.eq(HostStatus::Online.as_str()))
+            .filter(wanted())
             .into_model::<Candidate>()
             .all(&self.db)
             .await?;
@@ -481,8 +484,7 @@ impl Store {
         let found: Vec<uuid::Uuid> = template_host::Entity::find()
             .select_only()
             .column(template_host::Column::HostId)
-            .filter(template_host::Column::TemplateId.eq(template.0))
-            .filter(template_host::Column::Status.eq("ready"))
+            .filter(ready(template))
             .into_tuple()
             .all(&self.db)
             .await?;
@@ -490,11 +492,28 @@ impl Store {
     }
 }
 
-/// Hosts on which new sandboxes may be placed.
-pub(super) fn takes_sandboxes() -> Condition {
+/// A row if a host takes new sandboxes of a template.
+pub(super) fn takes_new(host: HostId, template: TemplateId) -> SelectStatement {
+    let holders = Query::select()
+        .column(template_host::Column::HostId)
+        .from(template_host::Entity)
+        .cond_where(ready(template))
+        .to_owned();
+    Query::select()
+        .expr(Expr::val(1))
+        .from(host::Entity)
+        .and_where(host::Column::Id.eq(host.0))
+        .and_where(host::Column::Status.eq(HostStatus::Online.as_str()))
+        .cond_where(wanted())
+        .and_where(host::Column::Id.in_subquery(holders))
+        .to_owned()
+}
+
+/// A template's places where it is ready.
+fn ready(template: TemplateId) -> Condition {
     Condition::all()
-        .add(host::Column::Status.eq(HostStatus::Online.as_str()))
-        .add(wanted())
+        .add(template_host::Column::TemplateId.eq(template.0))
+        .add(template_host::Column::Status.eq(status_word(TemplateStatus::Ready)))
 }
 
 /// What sandboxes hold of a host.

@@ -12,6 +12,7 @@ use sea_orm::{
 use super::entity::Hidden;
 use super::entity::sandbox::{ActiveModel, Column, Entity, Model};
 use super::events::{record, record_placed};
+use super::hosts::takes_new;
 use super::teams::team_held;
 use super::{Outcome, Store, big, corrupt, int, unsigned};
 use crate::domain::around::AuditActor;
@@ -134,13 +135,13 @@ pub(crate) enum Inserted {
     Yes,
     /// Its team has been deleted.
     TeamGone,
-    /// Its host takes no sandboxes any more.
+    /// Its host takes no sandboxes of its template any more.
     HostGone,
 }
 
 impl Store {
-    /// Adds a record, if its team lives and its host takes sandboxes. A deletion of the team waits for it, or is seen by
-    /// it, so no sandbox outlives its team; a deletion of the host finds it.
+    /// Adds a record, if its team lives and its host takes sandboxes of its template. A deletion of the team waits for it,
+    /// or is seen by it, so no sandbox outlives its team.
     pub(crate) async fn sandbox_insert(&self, sandbox: &Sandbox) -> Result<Inserted, DbErr> {
         let Some(host) = sandbox.host else {
             return Ok(Inserted::HostGone);
@@ -163,7 +164,7 @@ impl Store {
             Err(error) if super::is_missing_reference(&error) => return Ok(Inserted::HostGone),
             Err(error) => return Err(error),
         }
-        if record_placed(&transaction, created, host).await? {
+        if record_placed(&transaction, created, takes_new(host, sandbox.template)).await? {
             transaction.commit().await?;
             return Ok(Inserted::Yes);
         }

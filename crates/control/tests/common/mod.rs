@@ -111,6 +111,7 @@ impl World {
         config.secret = Some(MasterSecret::generate().expect("randomness"));
         // The tests step the monitor by hand.
         config.timings.monitor_interval = Duration::from_secs(3600);
+        config.timings.housekeeping_interval = Duration::from_secs(3600);
         config.around.sandbox_metrics_interval = Duration::from_secs(1_000_000_000);
         config.password_cost = CHEAP;
         config.timings.transient_age = Duration::ZERO;
