@@ -215,7 +215,8 @@ impl Services {
             {
                 return Err(Error::not_found("host", id));
             }
-            // What was placed there before the mark is seen now; what comes later sees the mark, and goes elsewhere.
+            // What was placed there before the mark is seen now; what comes later sees the mark, and goes elsewhere. One
+            // that is being written just now sees neither: its start is turned away by the mark.
             if let Err(used) = self.refuse_if_used(host.id).await {
                 self.store.host_unmark(host.id).await?;
                 return Err(used);
