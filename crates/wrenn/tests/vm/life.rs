@@ -273,7 +273,9 @@ async fn programs_of_a_copy_run_only_as_the_copy() {
             "a copy of '{template}' remembers what its source wrote"
         );
         let name = output(&copy, "hostname").await;
-        for line in &written[shared..] {
+        // One line may be half written when the program is held: what it read before that, it has. Each after it is
+        // asked for by the copy.
+        for line in &written[shared + 1..] {
             assert!(
                 line.starts_with(&format!("{id} {name} ")),
                 "a program of a copy of '{template}' ran as another: {line}; its own is {id} {name}"
