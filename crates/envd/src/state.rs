@@ -59,7 +59,7 @@ impl Settings {
 
 /// The agent: shared by all services, cheap to clone as an [`Arc`].
 pub(crate) struct Agent {
-    settings: Mutex<Settings>,
+    settings: Mutex<Arc<Settings>>,
     state_dir: Option<PathBuf>,
     pub(crate) processes: Arc<ProcessTable>,
     pub(crate) watchers: Watchers,
@@ -73,7 +73,7 @@ impl Agent {
     pub(crate) fn new(state_dir: Option<PathBuf>) -> Self {
         let settings = state_dir.as_deref().and_then(load).unwrap_or_default();
         Self {
-            settings: Mutex::new(settings),
+            settings: Mutex::new(Arc::new(settings)),
             state_dir,
             processes: Arc::default(),
             watchers: Watchers::default(),
@@ -82,21 +82,16 @@ impl Agent {
         }
     }
 
-    /// A copy of the settings as they are now.
-    pub(crate) fn settings(&self) -> Settings {
+    /// The settings as they are now.
+    pub(crate) fn settings(&self) -> Arc<Settings> {
         lock(&self.settings).clone()
-    }
-
-    /// The access token, once set.
-    pub(crate) fn access_token(&self) -> Option<String> {
-        lock(&self.settings).access_token.clone()
     }
 
     /// Applies a request of `/init` and stores the result.
     pub(crate) fn update(&self, request: &InitRequest) -> io::Result<()> {
         let settings = {
             let mut settings = lock(&self.settings);
-            settings.apply(request);
+            Arc::make_mut(&mut settings).apply(request);
             settings.clone()
         };
         match &self.state_dir {
@@ -107,14 +102,12 @@ impl Agent {
 
     /// The account a request acts as; `Err` holds the name that no account has.
     pub(crate) fn resolve_user(&self, requested: Option<&str>) -> Result<User, String> {
-        let name = match requested.filter(|name| !name.is_empty()) {
-            Some(name) => name.to_owned(),
-            None => lock(&self.settings)
-                .default_user
-                .clone()
-                .unwrap_or_else(|| DEFAULT_USER.to_owned()),
-        };
-        User::lookup(&name).ok_or(name)
+        let settings = self.settings();
+        let name = requested
+            .filter(|name| !name.is_empty())
+            .or(settings.default_user.as_deref())
+            .unwrap_or(DEFAULT_USER);
+        User::lookup(name).ok_or_else(|| name.to_owned())
     }
 }
 
@@ -188,7 +181,10 @@ mod tests {
             .mode();
         assert_eq!(mode & 0o777, 0o600);
         assert_eq!(
-            Agent::new(Some(dir.path().to_owned())).access_token().as_deref(),
+            Agent::new(Some(dir.path().to_owned()))
+                .settings()
+                .access_token
+                .as_deref(),
             Some("secret")
         );
     }

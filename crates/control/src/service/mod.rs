@@ -136,12 +136,10 @@ impl Services {
 
     /// A sandbox of the caller's team.
     pub async fn sandbox(&self, principal: Principal, id: &str) -> Result<Sandbox> {
-        let missing = || Error::not_found("sandbox", id);
-        let parsed: SandboxId = id.parse().map_err(|_| missing())?;
         self.store
-            .sandbox_of_team(principal.team, parsed)
+            .sandbox_of_team(principal.team, parse_id(id)?)
             .await?
-            .ok_or_else(missing)
+            .ok_or_else(|| no_sandbox(id))
     }
 
     /// A running sandbox of the caller's team, and its host's client.
@@ -151,11 +149,16 @@ impl Services {
         id: &str,
         verb: &str,
     ) -> Result<(Sandbox, Client)> {
-        let sandbox = self.sandbox(principal, id).await?;
+        // In one statement: this stands before each call into a guest.
+        let (sandbox, host) = self
+            .store
+            .sandbox_of_team_with_host(principal.team, parse_id(id)?)
+            .await?
+            .ok_or_else(|| no_sandbox(id))?;
         if sandbox.status != SandboxStatus::Running {
             return Err(Error::wrong_status(verb, sandbox.status));
         }
-        let client = self.client_of(&sandbox).await?;
+        let client = self.pool.client(&host.ok_or_else(host_gone)?)?;
         Ok((sandbox, client))
     }
 
@@ -174,10 +177,7 @@ impl Services {
 
     /// A sandbox's host.
     async fn host_of(&self, host: HostId) -> Result<crate::domain::Host> {
-        self.store
-            .host(host)
-            .await?
-            .ok_or_else(|| Error::new(ErrorCode::HostUnavailable, "the sandbox's host is gone"))
+        self.store.host(host).await?.ok_or_else(host_gone)
     }
 
     /// Takes up what an earlier process left unfinished.
@@ -212,6 +212,19 @@ impl Services {
             self.bus.publish(Event::Poke);
         }
     }
+}
+
+fn no_sandbox(id: &str) -> Error {
+    Error::not_found("sandbox", id)
+}
+
+/// An id that is none names no sandbox.
+fn parse_id(id: &str) -> Result<SandboxId> {
+    id.parse().map_err(|_| no_sandbox(id))
+}
+
+fn host_gone() -> Error {
+    Error::new(ErrorCode::HostUnavailable, "the sandbox's host is gone")
 }
 
 #[cfg(test)]

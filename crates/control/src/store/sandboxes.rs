@@ -5,20 +5,20 @@ use std::collections::{BTreeMap, BTreeSet};
 use sea_orm::ActiveValue::Set;
 use sea_orm::sea_query::{Expr, ExprTrait};
 use sea_orm::{
-    ColumnTrait, Condition, ConnectionTrait as _, DbErr, EntityTrait, PaginatorTrait, QueryFilter,
-    QueryOrder, QuerySelect, TransactionTrait,
+    ColumnTrait, Condition, ConnectionTrait as _, DbErr, EntityTrait, JoinType, PaginatorTrait, QueryFilter,
+    QueryOrder, QuerySelect, RelationDef, TransactionTrait,
 };
 
-use super::entity::Hidden;
 use super::entity::sandbox::{ActiveModel, Column, Entity, Model};
+use super::entity::{Hidden, host};
 use super::events::{record, record_placed};
-use super::hosts::takes_new;
+use super::hosts::{self, takes_new};
 use super::teams::team_held;
 use super::{Outcome, Store, big, corrupt, int, unsigned};
 use crate::domain::around::AuditActor;
 use crate::domain::event::NewEvent;
 use crate::domain::{
-    Actor, Failure, HostId, Millis, Sandbox, SandboxId, SandboxStatus, TeamId, TemplateId, now,
+    Actor, Failure, Host, HostId, Millis, Sandbox, SandboxId, SandboxStatus, TeamId, TemplateId, now,
 };
 
 /// What the caller believes about a record; the update happens only if it is so.
@@ -197,6 +197,26 @@ impl Store {
             .one(&self.db)
             .await?
             .map(domain)
+            .transpose()
+    }
+
+    /// One record of a team, and the host that it is on.
+    pub(crate) async fn sandbox_of_team_with_host(
+        &self,
+        team: TeamId,
+        id: SandboxId,
+    ) -> Result<Option<(Sandbox, Option<Host>)>, DbErr> {
+        let on_host: RelationDef = Entity::belongs_to(host::Entity)
+            .from(Column::HostId)
+            .to(host::Column::Id)
+            .into();
+        Entity::find_by_id(id.0)
+            .filter(Column::TeamId.eq(team.0))
+            .join(JoinType::LeftJoin, on_host)
+            .select_also(host::Entity)
+            .one(&self.db)
+            .await?
+            .map(|(sandbox, host)| Ok((domain(sandbox)?, host.map(hosts::domain).transpose()?)))
             .transpose()
     }
 

@@ -31,7 +31,11 @@ pub(crate) async fn download(
     query: Result<Query<FilesQuery>, axum::extract::rejection::QueryRejection>,
 ) -> Result<Response, Failure> {
     let Query(query) = query.map_err(|error| Failure::bad_request(error.body_text()))?;
-    query.authorize(&headers, agent.access_token().as_deref(), Operation::Read)?;
+    query.authorize(
+        &headers,
+        agent.settings().access_token.as_deref(),
+        Operation::Read,
+    )?;
     if !accepts_identity(&headers) {
         return Err(Failure::new(
             StatusCode::NOT_ACCEPTABLE,

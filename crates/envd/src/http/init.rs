@@ -79,14 +79,15 @@ pub(crate) async fn freeze(State(agent): State<Arc<Agent>>) -> Result<StatusCode
 
 /// Once a token is set, only who knows it may change anything.
 fn authorize(agent: &Agent, headers: &HeaderMap, request: &InitRequest) -> Result<(), Failure> {
-    let Some(token) = agent.access_token() else {
+    let settings = agent.settings();
+    let Some(token) = &settings.access_token else {
         return Ok(());
     };
     let repeated = request
         .access_token
         .as_ref()
         .is_some_and(|sent| constant_time_equal(sent.as_bytes(), token.as_bytes()));
-    if repeated || carries_token(headers, &token) {
+    if repeated || carries_token(headers, token) {
         Ok(())
     } else {
         Err(Failure::unauthorized("a change needs the current access token"))

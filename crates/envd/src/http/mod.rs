@@ -107,7 +107,7 @@ fn cross_origin() -> CorsLayer {
 }
 
 async fn envs(State(agent): State<Arc<Agent>>) -> impl IntoResponse {
-    Json(agent.settings().env_vars)
+    Json(agent.settings().env_vars.clone())
 }
 
 /// Whether the request carries the token in its header.
@@ -129,8 +129,8 @@ async fn require_token(State(agent): State<Arc<Agent>>, request: Request, next: 
         (&Method::GET | &Method::HEAD, "/health") | (_, "/init" | "/files")
     );
     if !exempt
-        && let Some(token) = agent.access_token()
-        && !carries_token(request.headers(), &token)
+        && let Some(token) = &agent.settings().access_token
+        && !carries_token(request.headers(), token)
     {
         let message = "unauthorized access, a valid access token is required";
         let path = request.uri().path();

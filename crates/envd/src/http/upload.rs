@@ -66,7 +66,7 @@ async fn receive(
     let Query(query) = query.map_err(|error| Failure::bad_request(error.body_text()))?;
     query.authorize(
         request.headers(),
-        agent.access_token().as_deref(),
+        agent.settings().access_token.as_deref(),
         Operation::Write,
     )?;
     let user = agent
@@ -74,7 +74,7 @@ async fn receive(
         .map_err(|name| Failure::unauthorized(format!("invalid username: '{name}'")))?;
     let upload = Upload {
         expected: expected_length(request.headers()),
-        workdir: agent.settings().default_workdir,
+        workdir: agent.settings().default_workdir.clone(),
         metadata: metadata_of(request.headers())?,
         agent,
         user,

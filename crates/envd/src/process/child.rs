@@ -9,7 +9,8 @@
     reason = "the child shares the agent's memory until it becomes its program"
 )]
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
@@ -23,6 +24,12 @@ use crate::users::Credentials;
 
 /// The child's own stack. What it runs needs a fraction of that.
 const STACK: usize = 64 * 1024;
+
+thread_local! {
+    /// One for all children of a thread, which waits until each has left it.
+    static CHILD_STACK: RefCell<Vec<u8>> = RefCell::new(Vec::with_capacity(STACK));
+}
+
 /// Runs programs that are neither in a known format nor begin with `#!`.
 const SHELL: &std::ffi::CStr = c"/bin/sh";
 
@@ -31,7 +38,7 @@ pub(super) struct Program<'a> {
     pub(super) cmd: &'a str,
     pub(super) args: &'a [String],
     /// All of its environment. Its `PATH` says where `cmd` is looked for.
-    pub(super) env: Vec<(String, String)>,
+    pub(super) env: &'a BTreeMap<&'a str, &'a str>,
     pub(super) cwd: &'a Path,
     /// Standard input, output and error.
     pub(super) stdio: [BorrowedFd<'a>; 3],
@@ -48,15 +55,14 @@ impl Program<'_> {
     /// No such program, no permission, or no processes or memory left; nothing is left of the attempt.
     pub(super) fn start(self) -> io::Result<Pid> {
         let candidates = self.candidates()?;
-        let argv: Vec<CString> = std::iter::once(self.cmd)
-            .chain(self.args.iter().map(String::as_str))
-            .map(CString::new)
-            .collect::<Result<_, _>>()?;
-        let env: Vec<CString> = self
-            .env
-            .iter()
-            .map(|(name, value)| CString::new(format!("{name}={value}")))
-            .collect::<Result<_, _>>()?;
+        let mut argv = Strings::default();
+        for arg in std::iter::once(self.cmd).chain(self.args.iter().map(String::as_str)) {
+            argv.push([arg.as_bytes()])?;
+        }
+        let mut env = Strings::default();
+        for (name, value) in self.env {
+            env.push([name.as_bytes(), b"=", value.as_bytes()])?;
+        }
         let cwd = CString::new(self.cwd.as_os_str().as_encoded_bytes())?;
         // Above the three, so that putting one in place cannot close another.
         let mut copies: [Option<OwnedFd>; 3] = [None, None, None];
@@ -72,14 +78,15 @@ impl Program<'_> {
             (Uid::from_raw(wanted.uid), Gid::from_raw(wanted.gid), groups)
         });
         // `/bin/sh FILE ARGS…`; the file's name is put in when it is known.
-        let mut script: Vec<*const c_char> = vec![SHELL.as_ptr(), ptr::null()];
-        script.extend(argv.iter().skip(1).map(|arg| arg.as_ptr()));
-        script.push(ptr::null());
+        let pointers = argv.pointers();
+        let script = [SHELL.as_ptr(), ptr::null()]
+            .into_iter()
+            .chain(pointers[1..].iter().copied());
         let plan = Plan {
-            candidates: pointers(&candidates),
-            argv: pointers(&argv),
-            script: script.into_iter().map(Cell::new).collect(),
-            env: pointers(&env),
+            candidates: candidates.pointers(),
+            script: script.map(Cell::new).collect(),
+            argv: pointers,
+            env: env.pointers(),
             cwd: &cwd,
             stdio,
             terminal: self.terminal,
@@ -98,30 +105,56 @@ impl Program<'_> {
     }
 
     /// Where the program may be, the likeliest place first.
-    fn candidates(&self) -> io::Result<Vec<CString>> {
+    fn candidates(&self) -> io::Result<Strings> {
+        let mut candidates = Strings::default();
         if self.cmd.contains('/') {
-            return Ok(vec![CString::new(self.cmd)?]);
+            candidates.push([self.cmd.as_bytes()])?;
+            return Ok(candidates);
         }
-        let path = self.env.iter().rev().find(|(name, _)| name == "PATH");
-        let places = path.map_or("/usr/bin:/bin", |(_, path)| path);
-        let candidates: Result<Vec<_>, _> = places
-            .split(':')
-            .map(|place| match place {
-                "" => CString::new(self.cmd),
-                place => CString::new(format!("{place}/{}", self.cmd)),
-            })
-            .collect();
-        Ok(candidates?)
+        let places = self.env.get("PATH").copied().unwrap_or("/usr/bin:/bin");
+        for place in places.split(':') {
+            let separator: &[u8] = if place.is_empty() { b"" } else { b"/" };
+            candidates.push([place.as_bytes(), separator, self.cmd.as_bytes()])?;
+        }
+        Ok(candidates)
     }
 }
 
-/// Pointers to the strings, ended by a null: valid as long as the strings are.
-fn pointers(strings: &[CString]) -> Vec<*const c_char> {
-    strings
-        .iter()
-        .map(|string| string.as_ptr())
-        .chain(std::iter::once(ptr::null()))
-        .collect()
+/// Strings as the kernel takes them, all in one piece of memory.
+#[derive(Default)]
+struct Strings {
+    bytes: Vec<u8>,
+    starts: Vec<usize>,
+}
+
+impl Strings {
+    /// Adds the string that consists of these parts.
+    ///
+    /// # Errors
+    /// A part contains a zero byte, where the string would end.
+    fn push<const N: usize>(&mut self, parts: [&[u8]; N]) -> io::Result<()> {
+        if parts.iter().any(|part| part.contains(&0)) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "a zero byte in a command, its arguments or its environment",
+            ));
+        }
+        self.starts.push(self.bytes.len());
+        for part in parts {
+            self.bytes.extend_from_slice(part);
+        }
+        self.bytes.push(0);
+        Ok(())
+    }
+
+    /// Pointers to all of them, ended by a null: valid as long as nothing is added.
+    fn pointers(&self) -> Vec<*const c_char> {
+        self.starts
+            .iter()
+            .map(|start| self.bytes[*start..].as_ptr().cast())
+            .chain(std::iter::once(ptr::null()))
+            .collect()
+    }
 }
 
 /// All that the child reads, and the one number it writes.
@@ -143,7 +176,10 @@ struct Plan<'a> {
 impl Plan<'_> {
     /// Returns when the child has become its program, or has ended.
     fn run(&self) -> io::Result<Pid> {
-        let mut stack: Vec<u8> = Vec::with_capacity(STACK);
+        CHILD_STACK.with_borrow_mut(|stack| self.run_on(stack))
+    }
+
+    fn run_on(&self, stack: &mut Vec<u8>) -> io::Result<Pid> {
         // A handler that ran in the child would run on the agent's memory.
         let blocked = SignalsBlocked::new();
         // SAFETY: `CLONE_VFORK` keeps this thread in the call, and thus the plan and the stack alive and unwatched, until
@@ -303,10 +339,7 @@ mod tests {
         let pid = Program {
             cmd,
             args: &args,
-            env: env
-                .iter()
-                .map(|(name, value)| ((*name).to_owned(), (*value).to_owned()))
-                .collect(),
+            env: &env.iter().copied().collect(),
             cwd: Path::new("/"),
             stdio: [null.as_fd(), theirs.as_fd(), null.as_fd()],
             terminal: false,

@@ -1,5 +1,6 @@
 //! Carries one output stream of a process to its subscribers.
 
+use std::cell::RefCell;
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +20,11 @@ const CHUNK: usize = 32 * 1024;
 const QUIET: Duration = Duration::from_millis(500);
 /// … and for no longer than this in total.
 const LINGER: Duration = Duration::from_secs(5);
+
+thread_local! {
+    /// Where chunks are read into. Most are far smaller, and may wait in queues, so each gets memory of its own size.
+    static BUFFER: RefCell<Vec<u8>> = RefCell::new(Vec::with_capacity(CHUNK));
+}
 
 /// Runs until the stream ends. Output that comes after the announced end is read and dropped, so that a
 /// background child that writes is not killed by a closed pipe.
@@ -77,18 +83,16 @@ async fn read(pipe: &AsyncPipe) -> io::Result<Option<Bytes>> {
     loop {
         let mut guard = pipe.readable().await?;
         let result = guard.try_io(|pipe| {
-            let mut chunk = Vec::with_capacity(CHUNK);
-            match rustix::io::read(pipe.get_ref(), rustix::buffer::spare_capacity(&mut chunk)) {
-                Ok(0) => Ok(None),
-                Ok(_) => {
-                    // Most chunks are far smaller than the buffer, and they may wait in queues.
-                    chunk.shrink_to_fit();
-                    Ok(Some(Bytes::from(chunk)))
+            BUFFER.with_borrow_mut(|buffer| {
+                buffer.clear();
+                match rustix::io::read(pipe.get_ref(), rustix::buffer::spare_capacity(buffer)) {
+                    Ok(0) => Ok(None),
+                    Ok(_) => Ok(Some(Bytes::copy_from_slice(buffer))),
+                    // A terminal whose other end is closed everywhere.
+                    Err(Errno::IO) => Ok(None),
+                    Err(error) => Err(error.into()),
                 }
-                // A terminal whose other end is closed everywhere.
-                Err(Errno::IO) => Ok(None),
-                Err(error) => Err(error.into()),
-            }
+            })
         });
         match result {
             Ok(Err(error)) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -90,7 +90,7 @@ impl ProcessService {
             tag: request.tag,
             user,
             cwd,
-            sandbox_env: settings.env_vars,
+            settings,
             stdin: request.stdin.unwrap_or(true),
             terminal,
             deadline: deadline(ctx),

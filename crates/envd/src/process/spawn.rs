@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
+use futures::future::join_all;
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::process::{PidfdFlags, Signal, WaitOptions, pidfd_open, waitpid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
@@ -20,6 +21,7 @@ use super::child::Program;
 use super::pump;
 use super::table::{Event, Process, ProcessTable, Source};
 use crate::logging::log;
+use crate::state::Settings;
 use crate::unsafe_calls::watch_fd;
 use crate::users::User;
 
@@ -62,8 +64,8 @@ pub(crate) struct Plan {
     pub(crate) tag: Option<String>,
     pub(crate) user: User,
     pub(crate) cwd: PathBuf,
-    /// Environment of every process of the sandbox; the request's own goes before it.
-    pub(crate) sandbox_env: BTreeMap<String, String>,
+    /// Environment of every process of the sandbox is among them; the request's own goes before it.
+    pub(crate) settings: Arc<Settings>,
     pub(crate) stdin: bool,
     pub(crate) terminal: Option<TerminalSize>,
     /// When the process is killed if it still runs.
@@ -102,7 +104,7 @@ pub(crate) fn start(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<mpsc::R
     let pid = Program {
         cmd: &plan.config.cmd,
         args: &plan.config.args,
-        env: environment(&plan),
+        env: &environment(&plan),
         cwd: &plan.cwd,
         stdio: theirs.each_ref().map(|fd| fd.as_fd()),
         terminal: plan.terminal.is_some(),
@@ -126,34 +128,45 @@ pub(crate) fn start(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<mpsc::R
     let process = Arc::new(Process::new(pid, plan.config, plan.tag, streams.input));
     let events = process.subscribe();
     table.insert(&process);
-    let pumps = streams
-        .outputs
-        .into_iter()
-        .map(|(pipe, source)| tokio::spawn(pump::run(process.clone(), pipe, source)))
-        .collect();
-    tokio::spawn(supervise(table.clone(), process, pidfd, pumps, plan.deadline));
+    tokio::spawn(supervise(
+        table.clone(),
+        process,
+        pidfd,
+        streams.outputs,
+        plan.deadline,
+    ));
     Ok(events)
 }
 
 /// The agent's own search path and the user's account, then what the sandbox and the request say: later ones win.
-fn environment(plan: &Plan) -> Vec<(String, String)> {
+fn environment(plan: &Plan) -> BTreeMap<&str, &str> {
     let user = &plan.user;
-    let path = std::env::var("PATH").ok().filter(|path| !path.is_empty());
-    let path = path.unwrap_or_else(|| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into());
     let mut variables = BTreeMap::from([
-        ("PATH".to_owned(), path),
-        ("HOME".to_owned(), user.home.to_string_lossy().into_owned()),
-        ("USER".to_owned(), user.name.clone()),
-        ("LOGNAME".to_owned(), user.name.clone()),
-        ("SHELL".to_owned(), user.shell.clone()),
+        ("PATH", search_path()),
+        // Read from a text file, so it is text.
+        ("HOME", user.home.to_str().unwrap_or("/")),
+        ("USER", &user.name),
+        ("LOGNAME", &user.name),
+        ("SHELL", &user.shell),
     ]);
     if plan.terminal.is_some() {
-        variables.insert("TERM".to_owned(), "xterm-256color".to_owned());
+        variables.insert("TERM", "xterm-256color");
     }
-    for (name, value) in plan.sandbox_env.iter().chain(&plan.config.envs) {
-        variables.insert(name.clone(), value.clone());
+    for (name, value) in plan.settings.env_vars.iter().chain(&plan.config.envs) {
+        variables.insert(name, value);
     }
-    variables.into_iter().collect()
+    variables
+}
+
+/// Where the agent looks for programs.
+fn search_path() -> &'static str {
+    static PATH: OnceLock<String> = OnceLock::new();
+    PATH.get_or_init(|| {
+        std::env::var("PATH")
+            .ok()
+            .filter(|path| !path.is_empty())
+            .unwrap_or_else(|| "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin".into())
+    })
 }
 
 /// What a process reads from and writes to, and the agent's ends of that.
@@ -213,12 +226,13 @@ fn nonblocking(fd: OwnedFd) -> io::Result<AsyncPipe> {
     watch_fd(fd)
 }
 
-/// Waits for the end of the process, or for its deadline, and announces the end after the last output.
+/// Carries the output of the process, waits for its end, or for its deadline, and announces the end after the last
+/// output.
 async fn supervise(
     table: Arc<ProcessTable>,
     process: Arc<Process>,
     pidfd: AsyncPipe,
-    pumps: Vec<tokio::task::JoinHandle<()>>,
+    outputs: Vec<(Arc<AsyncPipe>, Source)>,
     deadline: Option<Instant>,
 ) {
     let deadline = async move {
@@ -227,8 +241,11 @@ async fn supervise(
             None => std::future::pending().await,
         }
     };
-    tokio::pin!(deadline);
+    let outputs = outputs.into_iter();
+    let pumps = join_all(outputs.map(|(pipe, source)| pump::run(process.clone(), pipe, source)));
+    tokio::pin!(deadline, pumps);
     let mut armed = true;
+    let mut pumping = true;
     let exit = loop {
         tokio::select! {
             readable = pidfd.readable() => {
@@ -244,9 +261,12 @@ async fn supervise(
                 armed = false;
                 process.signal(Signal::KILL);
             }
+            _ = &mut pumps, if pumping => pumping = false,
         }
     };
     *process.input.lock().await = Input::Closed;
-    futures::future::join_all(pumps).await;
+    if pumping {
+        pumps.await;
+    }
     table.finish(&process, exit).await;
 }

@@ -223,6 +223,40 @@ async fn a_journal_that_cannot_be_read_costs_no_file() {
     platform.finish().await;
 }
 
+/// Asked a second time to end, it leaves at once, whatever its sandboxes are at; they are found at the next start.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn asked_twice_to_end_it_leaves_at_once() {
+    let mut platform = Platform::start(WRENN).await;
+    let sandbox = platform.sandbox().await;
+    let pid = sleeper(&sandbox).await;
+    let before = identity(&sandbox, pid).await;
+    let vm = platform.vm_of(sandbox.id()).expect("its process");
+    // The kernel hangs up on a child that stands still when its parent ends, so it must not be one.
+    platform.kill();
+    platform.restart().await;
+    wait_status(&sandbox, SandboxStatus::Running).await;
+    // A machine that stands still cannot be paused.
+    signal(vm, Signal::STOP);
+    signal(platform.pid(), Signal::INT);
+    eventually("it says what it waits for", LIMIT, async || {
+        platform
+            .log()
+            .contains("Pausing running sandboxes, memory kept: 0 of 1.")
+            .then_some(())
+    })
+    .await;
+    let status = platform.terminate().await;
+    assert!(!status.success(), "{status}");
+    assert!(platform.log().contains("left at once"), "{}", platform.log());
+    signal(vm, Signal::CONT);
+    platform.restart().await;
+    wait_status(&sandbox, SandboxStatus::Running).await;
+    assert_eq!(platform.vm_of(sandbox.id()), Some(vm), "it is the same process");
+    assert_eq!(identity(&sandbox, pid).await, before);
+    sandbox.destroy_and_wait().await.expect("destroy");
+    platform.finish().await;
+}
+
 /// Ended in order while the template's machine boots, and while a machine is prepared ahead.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_early_end_leaves_nothing() {
