@@ -339,6 +339,10 @@ async fn a_request_takes_as_many_statements_as_the_documentation_says() {
     let id = created["id"].as_str().expect("an id").to_owned();
     let got = known(&format!("/v1/sandboxes/{id}")).await;
     assert_eq!(got.len(), 1, "{got:#?}");
+    // What goes on into a guest reads the sandbox and its host at once.
+    let reached = known(&format!("/v1/sandboxes/{id}/processes")).await;
+    assert_eq!(reached.len(), 1, "{reached:#?}");
+    assert!(reached[0].contains("JOIN \"hosts\""), "{reached:#?}");
     let listed = known("/v1/sandboxes?limit=50").await;
     assert_eq!(listed.len(), 1, "{listed:#?}");
     let next = known(&format!("/v1/sandboxes?limit=50&before={id}")).await;

@@ -28,8 +28,8 @@ thread_local! {
 
 /// Runs until the stream ends. Output that comes after the announced end is read and dropped, so that a
 /// background child that writes is not killed by a closed pipe.
-pub(super) async fn run(process: Arc<Process>, pipe: Arc<AsyncPipe>, source: Source) {
-    if deliver(&process, &pipe, source).await == Ended::Open {
+pub(super) async fn run(process: &Process, pipe: Arc<AsyncPipe>, source: Source) {
+    if deliver(process, &pipe, source).await == Ended::Open {
         // The process is not held: it leaves the table now.
         tokio::spawn(async move { while let Ok(Some(_)) = read(&pipe).await {} });
     }

@@ -241,32 +241,32 @@ async fn supervise(
             None => std::future::pending().await,
         }
     };
-    let outputs = outputs.into_iter();
-    let pumps = join_all(outputs.map(|(pipe, source)| pump::run(process.clone(), pipe, source)));
-    tokio::pin!(deadline, pumps);
-    let mut armed = true;
-    let mut pumping = true;
-    let exit = loop {
-        tokio::select! {
-            readable = pidfd.readable() => {
-                if let Err(error) = readable {
-                    log!("process {}: {error}", process.id());
-                    tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+    let pumps = outputs
+        .into_iter()
+        .map(|(pipe, source)| pump::run(&process, pipe, source));
+    let end = async {
+        tokio::pin!(deadline);
+        let mut armed = true;
+        let exit = loop {
+            tokio::select! {
+                readable = pidfd.readable() => {
+                    if let Err(error) = readable {
+                        log!("process {}: {error}", process.id());
+                        tokio::time::sleep(std::time::Duration::from_millis(100)).await;
+                    }
+                    if let Some(exit) = process.reap() {
+                        break exit;
+                    }
                 }
-                if let Some(exit) = process.reap() {
-                    break exit;
+                () = &mut deadline, if armed => {
+                    armed = false;
+                    process.signal(Signal::KILL);
                 }
             }
-            () = &mut deadline, if armed => {
-                armed = false;
-                process.signal(Signal::KILL);
-            }
-            _ = &mut pumps, if pumping => pumping = false,
-        }
+        };
+        *process.input.lock().await = Input::Closed;
+        exit
     };
-    *process.input.lock().await = Input::Closed;
-    if pumping {
-        pumps.await;
-    }
+    let (exit, _) = tokio::join!(end, join_all(pumps));
     table.finish(&process, exit).await;
 }
