@@ -5,8 +5,9 @@ use std::path::PathBuf;
 
 use protox::Compiler;
 
-const FILES: [&str; 3] = [
+const FILES: [&str; 4] = [
     "wrenn/hostagent/v1/hostagent.proto",
+    "wrenn/guest/v1/run.proto",
     "process/process.proto",
     "filesystem/filesystem.proto",
 ];

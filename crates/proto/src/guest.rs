@@ -13,10 +13,14 @@ pub const ENVD_VERSION: &str = "0.6.13";
 /// Header that carries the sandbox's access token.
 pub const ACCESS_TOKEN_HEADER: &str = "x-access-token";
 
-/// Header of a process's event stream by whose caller only the whole counts: for so many milliseconds, or until the
-/// process ends, its first events are held back and sent together. Each packet of its own costs an emulated guest a
-/// millisecond.
-pub const GATHER_HEADER: &str = "wrenn-gather-ms";
+/// Where the host has a connection upgraded to [`RUN_PROTOCOL`].
+pub const RUN_PATH: &str = "/run";
+
+/// The protocol of collected runs ([`crate::run`]), as `Upgrade` names it.
+pub const RUN_PROTOCOL: &str = "wrenn-run";
+
+/// The largest message of [`RUN_PROTOCOL`], in bytes.
+pub const MAX_RUN_MESSAGE: usize = 4 << 20;
 
 /// Kernel command line keys that the guest's init reads.
 pub mod cmdline {

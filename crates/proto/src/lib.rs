@@ -2,6 +2,7 @@
 //!
 //! - [`hostagent`]: what a control plane asks of a host agent (Connect RPC).
 //! - [`process`] and [`filesystem`]: the guest agent's services (Connect RPC), as the E2B SDKs know them.
+//! - [`run`]: collected runs, between host and guest agent alone.
 //! - [`guest`]: the guest agent's plain HTTP contract, shared by host and guest.
 //! - [`rest`]: the bodies of the public REST API, shared by the control plane and the client.
 //! - [`id`]: the prefixed text form of entity ids.
@@ -19,4 +20,5 @@ pub mod rest;
 
 pub use generated::filesystem;
 pub use generated::process;
+pub use generated::wrenn::guest::v1 as run;
 pub use generated::wrenn::hostagent::v1 as hostagent;

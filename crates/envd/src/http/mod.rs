@@ -25,9 +25,10 @@ use connectrpc::{ConnectError, ConnectRpcService, Limits};
 use http::{HeaderMap, Method, StatusCode};
 use tower_http::cors::{self, CorsLayer};
 use tower_http::decompression::RequestDecompressionLayer;
-use wrenn_proto::guest::{ACCESS_TOKEN_HEADER, HttpError};
+use wrenn_proto::guest::{ACCESS_TOKEN_HEADER, HttpError, RUN_PATH};
 
 use crate::files::service::FilesystemService;
+use crate::process::run;
 use crate::process::service::ProcessService;
 use crate::state::Agent;
 
@@ -88,6 +89,7 @@ pub(crate) fn router(agent: Arc<Agent>) -> Router {
         .route("/metrics", get(metrics::metrics))
         .route("/envs", get(envs))
         .route("/freeze", post(init::freeze))
+        .route(RUN_PATH, get(run::upgrade))
         .route("/init", post(init::init).layer(DefaultBodyLimit::max(MAX_INIT)))
         .merge(files)
         .fallback_service(rpc)

@@ -14,11 +14,13 @@
 //!   deadline of the request that started it.
 //! - The supervisor reaps the process the moment it ends. The end is announced after its output; what
 //!   grandchildren still write afterwards is waited for only as long as it keeps coming ([`pump`]).
+//! - A command whose caller wants its whole output at once has a thread instead of these tasks ([`run`]).
 //! - An ended process leaves the table; its exit is kept for late subscribers ([`table`]).
 
 mod child;
 mod oom;
 mod pump;
+pub(crate) mod run;
 pub(crate) mod service;
 mod session;
 pub(crate) mod spawn;

@@ -17,9 +17,9 @@ use super::table::{Event, Process, Source};
 const CHUNK: usize = 32 * 1024;
 /// After its end, a process's output is complete when the stream is closed. Background children may hold it
 /// open; their output still counts while it comes without a pause of this length …
-const QUIET: Duration = Duration::from_millis(500);
+pub(super) const QUIET: Duration = Duration::from_millis(500);
 /// … and for no longer than this in total.
-const LINGER: Duration = Duration::from_secs(5);
+pub(super) const LINGER: Duration = Duration::from_secs(5);
 
 thread_local! {
     /// Where chunks are read into. Most are far smaller, and may wait in queues, so each gets memory of its own size.
@@ -31,8 +31,13 @@ thread_local! {
 pub(super) async fn run(process: &Process, pipe: Arc<AsyncPipe>, source: Source) {
     if deliver(process, &pipe, source).await == Ended::Open {
         // The process is not held: it leaves the table now.
-        tokio::spawn(async move { while let Ok(Some(_)) = read(&pipe).await {} });
+        drain(pipe);
     }
+}
+
+/// Reads and drops the rest of a stream.
+pub(super) fn drain(pipe: Arc<AsyncPipe>) {
+    tokio::spawn(async move { while let Ok(Some(_)) = read(&pipe).await {} });
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

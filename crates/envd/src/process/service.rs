@@ -21,9 +21,9 @@ use wrenn_proto::process::__buffa::oneof::process_selector::Selector as WireSele
 use wrenn_proto::process::__buffa::oneof::stream_input_request::Event as InputEvent;
 use wrenn_proto::process::{
     self as wire, CloseStdinRequest, CloseStdinResponse, ConnectRequest, ConnectResponse, ListRequest,
-    ListResponse, PTY, ProcessInput, ProcessSelector, SendInputRequest, SendInputResponse, SendSignalRequest,
-    SendSignalResponse, StartRequest, StartResponse, StreamInputRequest, StreamInputResponse, UpdateRequest,
-    UpdateResponse,
+    ListResponse, PTY, ProcessConfig, ProcessInput, ProcessSelector, SendInputRequest, SendInputResponse,
+    SendSignalRequest, SendSignalResponse, StartRequest, StartResponse, StreamInputRequest,
+    StreamInputResponse, UpdateRequest, UpdateResponse,
 };
 
 use super::spawn::{self, AsyncPipe, Input, Plan, TerminalSize, check_environment};
@@ -55,16 +55,50 @@ impl ProcessService {
     }
 
     fn plan(&self, ctx: &RequestContext, request: StartRequest) -> Result<Plan, ConnectError> {
-        let user = request_user(&self.agent, ctx.headers())?;
-        let config = request
-            .process
-            .into_option()
-            .ok_or_else(|| ConnectError::invalid_argument("process is missing"))?;
+        let wanted = Wanted {
+            user: request_user(&self.agent, ctx.headers())?,
+            config: request
+                .process
+                .into_option()
+                .ok_or_else(|| ConnectError::invalid_argument("process is missing"))?,
+            tag: request.tag,
+            stdin: request.stdin.unwrap_or(true),
+            terminal: request.pty.into_option().map(parse_size).transpose()?,
+            deadline: deadline(ctx),
+        };
+        wanted.plan(&self.agent)
+    }
+}
+
+/// A process as a request wants it.
+pub(super) struct Wanted {
+    pub(super) user: User,
+    pub(super) config: ProcessConfig,
+    pub(super) tag: Option<String>,
+    pub(super) stdin: bool,
+    pub(super) terminal: Option<TerminalSize>,
+    pub(super) deadline: Option<Instant>,
+}
+
+impl Wanted {
+    /// Completes it with what the sandbox sets.
+    ///
+    /// # Errors
+    /// Something about it makes no sense; the text says what.
+    pub(super) fn plan(self, agent: &Agent) -> Result<Plan, ConnectError> {
+        let Self {
+            user,
+            config,
+            tag,
+            stdin,
+            terminal,
+            deadline,
+        } = self;
         if config.cmd.is_empty() {
             return Err(ConnectError::invalid_argument("process.cmd is empty"));
         }
         check_environment(config.envs.iter()).map_err(ConnectError::invalid_argument)?;
-        let settings = self.agent.settings();
+        let settings = agent.settings();
         let cwd = paths::resolve(
             config.cwd.as_deref().unwrap_or_default(),
             &user,
@@ -84,18 +118,36 @@ impl ProcessService {
                 )));
             }
         }
-        let terminal = request.pty.into_option().map(parse_size).transpose()?;
         Ok(Plan {
             config,
-            tag: request.tag,
+            tag,
             user,
             cwd,
             settings,
-            stdin: request.stdin.unwrap_or(true),
+            stdin,
             terminal,
-            deadline: deadline(ctx),
+            deadline,
         })
     }
+}
+
+/// Why a program could not be started.
+pub(super) fn start_error(cmd: &str, error: &io::Error) -> ConnectError {
+    let message = format!("error starting process '{cmd}': {error}");
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidInput => {
+            ConnectError::invalid_argument(message)
+        }
+        // No processes, memory or descriptors left.
+        _ => ConnectError::resource_exhausted(message),
+    }
+}
+
+/// The account of this name, or the default one.
+pub(super) fn user_named(agent: &Agent, name: Option<&str>) -> Result<User, ConnectError> {
+    agent
+        .resolve_user(name)
+        .map_err(|name| ConnectError::unauthenticated(format!("invalid username: '{name}'")))
 }
 
 /// The deadline that the client set with its timeout header.
@@ -110,9 +162,7 @@ pub(crate) fn request_user(agent: &Agent, headers: &HeaderMap) -> Result<User, C
         Some(value) => basic_user(value.as_bytes())
             .map_err(|()| ConnectError::unauthenticated("malformed basic authorization header"))?,
     };
-    agent
-        .resolve_user(name.as_deref())
-        .map_err(|name| ConnectError::unauthenticated(format!("invalid username: '{name}'")))
+    user_named(agent, name.as_deref())
 }
 
 /// Other schemes than Basic are somebody else's (a proxy's) and say nothing about the user.
@@ -247,7 +297,7 @@ impl wire::Process for ProcessService {
             event: event.into(),
             ..Default::default()
         });
-        Response::ok(events.await)
+        Response::ok(events)
     }
 
     async fn start(
@@ -257,21 +307,12 @@ impl wire::Process for ProcessService {
     ) -> ServiceResult<ServiceStream<impl Encodable<StartResponse> + Send + use<>>> {
         let plan = self.plan(&ctx, request.to_owned_message())?;
         let cmd = plan.config.cmd.clone();
-        let events = spawn::start(&self.agent.processes, plan).map_err(|error| {
-            let message = format!("error starting process '{cmd}': {error}");
-            match error.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidInput => {
-                    ConnectError::invalid_argument(message)
-                }
-                // No processes, memory or descriptors left.
-                _ => ConnectError::resource_exhausted(message),
-            }
-        })?;
+        let events = spawn::start(&self.agent.processes, plan).map_err(|error| start_error(&cmd, &error))?;
         let events = event_stream(events, ctx.headers(), deadline(&ctx), |event| StartResponse {
             event: event.into(),
             ..Default::default()
         });
-        Response::ok(events.await)
+        Response::ok(events)
     }
 
     async fn update<'a>(

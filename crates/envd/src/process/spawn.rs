@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
 use futures::future::join_all;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{PidfdFlags, Signal, WaitOptions, pidfd_open, waitpid};
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, waitpid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
@@ -101,31 +101,11 @@ pub(crate) fn start(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<mpsc::R
         Some(size) => terminal(size, &plan.user)?,
         None => pipes(plan.stdin)?,
     };
-    let pid = Program {
-        cmd: &plan.config.cmd,
-        args: &plan.config.args,
-        env: &environment(&plan),
-        cwd: &plan.cwd,
-        stdio: theirs.each_ref().map(|fd| fd.as_fd()),
-        terminal: plan.terminal.is_some(),
-        credentials: plan.user.credentials(),
-    }
-    .start()?;
+    let deadline = plan.deadline;
+    let (process, pidfd) = launch(plan, theirs.each_ref().map(|fd| fd.as_fd()), streams.input)?;
     // Held by the process alone from here on, so that its streams end with it.
     drop(theirs);
-    let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK)
-        .map_err(io::Error::from)
-        .and_then(watch_fd);
-    let pidfd = match pidfd {
-        Ok(pidfd) => pidfd,
-        Err(error) => {
-            // Nobody would ever learn of its end, so it must not live. SIGKILL makes this wait short.
-            super::session::signal(pid, Signal::KILL);
-            let _ = waitpid(Some(pid), WaitOptions::empty());
-            return Err(error);
-        }
-    };
-    let process = Arc::new(Process::new(pid, plan.config, plan.tag, streams.input));
+    let pidfd = watch_fd(pidfd).inspect_err(|_| abandon(process.pid))?;
     let events = process.subscribe();
     table.insert(&process);
     tokio::spawn(supervise(
@@ -133,9 +113,71 @@ pub(crate) fn start(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<mpsc::R
         process,
         pidfd,
         streams.outputs,
-        plan.deadline,
+        deadline,
     ));
     Ok(events)
+}
+
+/// A process whose output is collected by a thread of its own ([`super::run`]).
+pub(super) struct Collected {
+    pub(super) process: Arc<Process>,
+    pub(super) pidfd: OwnedFd,
+    pub(super) stdout: OwnedFd,
+    pub(super) stderr: OwnedFd,
+}
+
+/// Where a process without input writes to, and the agent's ends of that.
+pub(super) struct Pipes {
+    stdout: (OwnedFd, OwnedFd),
+    stderr: (OwnedFd, OwnedFd),
+}
+
+impl Pipes {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
+            stdout: pipe_with(PipeFlags::CLOEXEC)?,
+            stderr: pipe_with(PipeFlags::CLOEXEC)?,
+        })
+    }
+}
+
+/// Starts a process without input that nobody looks after yet.
+pub(super) fn start_collected(
+    table: &Arc<ProcessTable>,
+    plan: Plan,
+    Pipes { stdout, stderr }: Pipes,
+) -> io::Result<Collected> {
+    let stdin = no_input()?;
+    let stdio = [stdin.as_fd(), stdout.1.as_fd(), stderr.1.as_fd()];
+    let (process, pidfd) = launch(plan, stdio, Input::Closed)?;
+    table.insert(&process);
+    Ok(Collected {
+        process,
+        pidfd,
+        stdout: stdout.0,
+        stderr: stderr.0,
+    })
+}
+
+fn launch(plan: Plan, stdio: [BorrowedFd<'_>; 3], input: Input) -> io::Result<(Arc<Process>, OwnedFd)> {
+    let pid = Program {
+        cmd: &plan.config.cmd,
+        args: &plan.config.args,
+        env: &environment(&plan),
+        cwd: &plan.cwd,
+        stdio,
+        terminal: plan.terminal.is_some(),
+        credentials: plan.user.credentials(),
+    }
+    .start()?;
+    let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK).inspect_err(|_| abandon(pid))?;
+    Ok((Arc::new(Process::new(pid, plan.config, plan.tag, input)), pidfd))
+}
+
+/// Nobody would ever learn of this process's end, so it must not live. SIGKILL makes the wait short.
+fn abandon(pid: Pid) {
+    super::session::signal(pid, Signal::KILL);
+    let _ = waitpid(Some(pid), WaitOptions::empty());
 }
 
 /// The agent's own search path and the user's account, then what the sandbox and the request say: later ones win.
@@ -221,7 +263,7 @@ fn terminal(size: TerminalSize, user: &User) -> io::Result<Stdio> {
     ))
 }
 
-fn nonblocking(fd: OwnedFd) -> io::Result<AsyncPipe> {
+pub(super) fn nonblocking(fd: OwnedFd) -> io::Result<AsyncPipe> {
     rustix::io::ioctl_fionbio(&fd, true)?;
     watch_fd(fd)
 }

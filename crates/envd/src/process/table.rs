@@ -6,8 +6,10 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use rustix::process::{Pid, Signal};
+use tokio::runtime::Handle;
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{mpsc, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
 use wrenn_proto::process::{ProcessConfig, ProcessInfo};
 
 use super::session;
@@ -150,6 +152,24 @@ impl Process {
         }
     }
 
+    /// The same from a thread outside of the runtime, for no longer than until then: who does not read must not keep the
+    /// process from its time limit.
+    pub(super) fn publish_from_outside(&self, event: &Event, runtime: &Handle, until: Option<Instant>) {
+        let subscribers = lock(&self.subscribers).clone();
+        for subscriber in &subscribers {
+            if let Err(TrySendError::Full(event)) = subscriber.try_send(event.clone()) {
+                let sent = subscriber.send(event);
+                // Whoever has left is forgotten with the process.
+                let _ = runtime.block_on(async {
+                    match until {
+                        Some(until) => timeout_at(until, sent).await.unwrap_or(Ok(())),
+                        None => sent.await,
+                    }
+                });
+            }
+        }
+    }
+
     /// A queue of this process's events from now on, with its start in front.
     pub(super) fn subscribe(&self) -> mpsc::Receiver<Event> {
         let (sender, receiver) = mpsc::channel(QUEUE);
@@ -227,28 +247,38 @@ impl ProcessTable {
 
     /// Moves a process from the running to the ended ones and announces its end.
     pub(super) async fn finish(&self, process: &Process, exit: Exit) {
-        let subscribers = {
-            let mut tables = lock(&self.0);
-            // The kernel may have given its number away already, to one that runs.
-            let same = |other: &Arc<Process>| std::ptr::eq(Arc::as_ptr(other), process);
-            if tables.running.get(&process.id()).is_some_and(same) {
-                tables.running.remove(&process.id());
-            }
-            tables.ended.push_back(EndedProcess {
-                pid: process.id(),
-                tag: process.tag.clone(),
-                exit,
-                at: Instant::now(),
-            });
-            forget_old(&mut tables.ended);
-            std::mem::take(&mut *lock(&process.subscribers))
-        };
+        let subscribers = self.retire(process, exit);
         futures::future::join_all(
             subscribers
                 .iter()
                 .map(|subscriber| subscriber.send(Event::End(exit))),
         )
         .await;
+    }
+
+    /// The same from a thread of its own; a task takes over where somebody has to be waited for.
+    pub(super) fn finish_elsewhere(&self, process: &Process, exit: Exit) {
+        for subscriber in self.retire(process, exit) {
+            tokio::spawn(async move { subscriber.send(Event::End(exit)).await });
+        }
+    }
+
+    /// Moves a process to the ended ones; returns who has to be told.
+    fn retire(&self, process: &Process, exit: Exit) -> Vec<mpsc::Sender<Event>> {
+        let mut tables = lock(&self.0);
+        // The kernel may have given its number away already, to one that runs.
+        let same = |other: &Arc<Process>| std::ptr::eq(Arc::as_ptr(other), process);
+        if tables.running.get(&process.id()).is_some_and(same) {
+            tables.running.remove(&process.id());
+        }
+        tables.ended.push_back(EndedProcess {
+            pid: process.id(),
+            tag: process.tag.clone(),
+            exit,
+            at: Instant::now(),
+        });
+        forget_old(&mut tables.ended);
+        std::mem::take(&mut *lock(&process.subscribers))
     }
 }
 

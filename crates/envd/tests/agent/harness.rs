@@ -206,11 +206,18 @@ impl Drop for Agent {
     }
 }
 
+/// Of all threads of a process, since each has its own.
 fn children(parent: u32) -> Vec<u32> {
-    let tasks = std::fs::read_to_string(format!("/proc/{parent}/task/{parent}/children")).unwrap_or_default();
-    tasks
-        .split_ascii_whitespace()
-        .filter_map(|pid| pid.parse().ok())
+    let threads = std::fs::read_dir(format!("/proc/{parent}/task"));
+    threads
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(|thread| std::fs::read_to_string(thread.path().join("children")).ok())
+        .flat_map(|children| {
+            let pids = children.split_ascii_whitespace().map(str::parse);
+            pids.flatten().collect::<Vec<u32>>()
+        })
         .collect()
 }
 

@@ -9,4 +9,5 @@ mod harness;
 mod init;
 mod process;
 mod process_io;
+mod run;
 mod watch;

@@ -6,6 +6,7 @@
 mod connector;
 mod files;
 mod processes;
+mod run;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -52,6 +53,7 @@ struct Inner {
     filesystem: FilesystemClient<Transport>,
     http: Client<GuestConnector, RawBody>,
     token: HeaderValue,
+    runs: run::Connections,
 }
 
 impl GuestClient {
@@ -77,6 +79,7 @@ impl GuestClient {
                 filesystem: FilesystemClient::new(transport, config),
                 http: build().build(connector),
                 token,
+                runs: run::Connections::default(),
             }),
         }
     }

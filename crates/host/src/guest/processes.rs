@@ -1,11 +1,10 @@
 //! Processes in the guest.
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use connectrpc::ConnectError;
 use connectrpc::client::CallOptions;
 use futures::{Stream, StreamExt as _};
-use wrenn_proto::guest::GATHER_HEADER;
 use wrenn_proto::{hostagent as host, process as envd};
 
 use super::{GuestClient, MAX_EVENT, begins, rpc_error, user_header};
@@ -14,25 +13,6 @@ use crate::error::{HostError, Result};
 use envd::__buffa::oneof::process_event::Event as EnvdEvent;
 use envd::__buffa::oneof::process_event::data_event::Output;
 use host::__buffa::oneof::process_event::Event as HostEvent;
-
-/// Output of a collected exec is cut at this many bytes a stream unless the request says otherwise.
-const DEFAULT_MAX_OUTPUT: u64 = 16 << 20;
-
-/// How long the first events of a collected exec may wait for one another.
-const GATHER_MILLIS: u32 = 100;
-
-/// How long a stream may take to end after a process's exit, which was its last event.
-const STREAM_END: Duration = Duration::from_secs(1);
-
-/// What a collected exec left behind.
-pub(crate) struct Collected {
-    pub(crate) pid: u32,
-    pub(crate) stdout: Vec<u8>,
-    pub(crate) stderr: Vec<u8>,
-    pub(crate) exit_code: i32,
-    pub(crate) duration: Duration,
-    pub(crate) truncated: (bool, bool),
-}
 
 pub(crate) type Events = std::pin::Pin<Box<dyn Stream<Item = Result<host::ProcessEvent>> + Send>>;
 
@@ -45,17 +25,11 @@ impl GuestClient {
         stdin: bool,
         limit: Option<Duration>,
     ) -> Result<Events> {
-        let options = start_options(&spec, limit);
-        self.start_with(spec, pty, stdin, options).await
-    }
-
-    async fn start_with(
-        &self,
-        spec: host::ProcessSpec,
-        pty: Option<host::PtySize>,
-        stdin: bool,
-        options: CallOptions,
-    ) -> Result<Events> {
+        let options = user_header(spec.user.as_deref()).with_max_message_size(MAX_EVENT);
+        let options = match limit {
+            Some(limit) => options.with_timeout(limit),
+            None => options,
+        };
         let tag = spec.tag.clone().unwrap_or_default();
         let request = envd::StartRequest {
             process: envd::ProcessConfig {
@@ -76,7 +50,6 @@ impl GuestClient {
             stdin: Some(stdin),
             ..Default::default()
         };
-        let options = options.with_max_message_size(MAX_EVENT);
         let stream = begins(self.inner.process.start_with_options(request, options)).await?;
         let events = futures::stream::unfold(stream, |mut stream| async move {
             let message = stream.message::<envd::StartResponse>().await.transpose()?;
@@ -108,53 +81,6 @@ impl GuestClient {
             ))
         });
         Ok(translate(events, tag))
-    }
-
-    /// Runs a process to its end and collects what it wrote.
-    pub(crate) async fn collect(
-        &self,
-        spec: host::ProcessSpec,
-        limit: Option<Duration>,
-        max: u64,
-    ) -> Result<Collected> {
-        let max = usize::try_from(if max == 0 {
-            DEFAULT_MAX_OUTPUT
-        } else {
-            max.min(DEFAULT_MAX_OUTPUT)
-        })
-        .unwrap_or(usize::MAX);
-        let started = Instant::now();
-        let options = start_options(&spec, limit).with_header(
-            http::HeaderName::from_static(GATHER_HEADER),
-            GATHER_MILLIS.to_string(),
-        );
-        let mut events = self.start_with(spec, None, false, options).await?;
-        let mut out = Collected {
-            pid: 0,
-            stdout: Vec::new(),
-            stderr: Vec::new(),
-            exit_code: 0,
-            duration: Duration::ZERO,
-            truncated: (false, false),
-        };
-        while let Some(event) = events.next().await {
-            match event?.event {
-                Some(HostEvent::Start(start)) => out.pid = start.pid,
-                Some(HostEvent::Stdout(bytes)) => out.truncated.0 |= keep(&mut out.stdout, &bytes, max),
-                Some(HostEvent::Stderr(bytes)) => out.truncated.1 |= keep(&mut out.stderr, &bytes, max),
-                Some(HostEvent::Exit(exit)) => {
-                    out.exit_code = exit.exit_code;
-                    out.duration = started.elapsed();
-                    // Only a stream that was read to its end leaves its connection for the next request.
-                    let _ = tokio::time::timeout(STREAM_END, events.next()).await;
-                    return Ok(out);
-                }
-                Some(HostEvent::Pty(_) | HostEvent::Keepalive(_)) | None => {}
-            }
-        }
-        Err(HostError::Guest(
-            "the process's stream ended before the process".to_owned(),
-        ))
     }
 
     pub(crate) async fn list_processes(&self) -> Result<Vec<host::ProcessInfo>> {
@@ -241,22 +167,6 @@ impl GuestClient {
     }
 }
 
-/// The user and the time limit of a process.
-fn start_options(spec: &host::ProcessSpec, limit: Option<Duration>) -> CallOptions {
-    let options = user_header(spec.user.as_deref());
-    match limit {
-        Some(limit) => options.with_timeout(limit),
-        None => options,
-    }
-}
-
-/// Appends what fits; true when something did not.
-fn keep(kept: &mut Vec<u8>, bytes: &[u8], max: usize) -> bool {
-    let room = max - kept.len().min(max);
-    kept.extend_from_slice(&bytes[..bytes.len().min(room)]);
-    bytes.len() > room
-}
-
 fn pty_size(size: &host::PtySize) -> envd::pty::Size {
     envd::pty::Size {
         cols: size.cols,
@@ -311,7 +221,7 @@ fn translate(
     )
 }
 
-fn translate_event(event: EnvdEvent, tag: &str) -> Option<HostEvent> {
+pub(super) fn translate_event(event: EnvdEvent, tag: &str) -> Option<HostEvent> {
     Some(match event {
         EnvdEvent::Start(start) => HostEvent::Start(Box::new(host::process_event::Start {
             pid: start.pid,

@@ -45,7 +45,7 @@ mod tcp_out;
 mod udp;
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use flow::{Flow, FlowKey, Handshake, Opening};
 use shared::Shared;

@@ -1,7 +1,7 @@
 //! The link under test serves a simulated guest; servers on loopback play the internet.
 
 mod hostile;
-mod sim;
+pub(crate) mod sim;
 mod tcp;
 mod udp_dns;
 

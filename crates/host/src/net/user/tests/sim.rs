@@ -23,17 +23,17 @@ use crate::net::user::{Dialer, UserNetConfig};
 use crate::net::{EgressPolicy, GATEWAY_IP, GUEST_IP, GUEST_MAC, GUEST_PREFIX_LEN, MTU};
 
 /// How long anything in these tests may take.
-pub(super) const DEADLINE: Duration = Duration::from_secs(60);
+pub(crate) const DEADLINE: Duration = Duration::from_secs(60);
 
 /// Waits for `what`, and fails the test when it does not come.
-pub(super) async fn within<T>(what: impl Future<Output = T>) -> T {
+pub(crate) async fn within<T>(what: impl Future<Output = T>) -> T {
     tokio::time::timeout(DEADLINE, what)
         .await
         .expect("it happens before the deadline")
 }
 
 /// Waits until `condition` holds.
-pub(super) async fn eventually(mut condition: impl FnMut() -> bool) {
+pub(crate) async fn eventually(mut condition: impl FnMut() -> bool) {
     within(async {
         while !condition() {
             tokio::time::sleep(Duration::from_millis(1)).await;
@@ -44,19 +44,19 @@ pub(super) async fn eventually(mut condition: impl FnMut() -> bool) {
 
 /// Sends guests to servers on loopback in the place of the internet.
 #[derive(Default)]
-pub(super) struct TestInternet {
+pub(crate) struct TestInternet {
     tcp: Mutex<HashMap<SocketAddrV4, SocketAddr>>,
     udp: Mutex<HashMap<SocketAddrV4, SocketAddr>>,
     /// How often something was dialled.
-    pub(super) dialled: AtomicUsize,
+    pub(crate) dialled: AtomicUsize,
 }
 
 impl TestInternet {
-    pub(super) fn route_tcp(&self, from: SocketAddrV4, to: SocketAddr) {
+    pub(crate) fn route_tcp(&self, from: SocketAddrV4, to: SocketAddr) {
         self.tcp.lock().expect("lock").insert(from, to);
     }
 
-    pub(super) fn route_udp(&self, from: SocketAddrV4, to: SocketAddr) {
+    pub(crate) fn route_udp(&self, from: SocketAddrV4, to: SocketAddr) {
         self.udp.lock().expect("lock").insert(from, to);
     }
 }
@@ -80,7 +80,7 @@ impl Dialer for TestInternet {
 }
 
 /// A configuration that reaches the test's internet and no resolver.
-pub(super) fn config(internet: &Arc<TestInternet>) -> UserNetConfig {
+pub(crate) fn config(internet: &Arc<TestInternet>) -> UserNetConfig {
     let mut config = UserNetConfig::new(EgressPolicy::default());
     config.resolvers = Vec::new();
     config.dialer = Arc::clone(internet) as Arc<dyn Dialer>;
@@ -88,15 +88,15 @@ pub(super) fn config(internet: &Arc<TestInternet>) -> UserNetConfig {
 }
 
 /// The two ends of a wire.
-pub(super) fn wire() -> (UnixStream, UnixStream) {
+pub(crate) fn wire() -> (UnixStream, UnixStream) {
     UnixStream::pair().expect("a socket pair")
 }
 
 /// The raw end of a wire.
-pub(super) struct RawGuest(pub(super) UnixStream);
+pub(crate) struct RawGuest(pub(crate) UnixStream);
 
 impl RawGuest {
-    pub(super) async fn send(&mut self, frame: &[u8]) {
+    pub(crate) async fn send(&mut self, frame: &[u8]) {
         let mut bytes = u32::try_from(frame.len())
             .expect("a short frame")
             .to_be_bytes()
@@ -107,7 +107,7 @@ impl RawGuest {
             .expect("the link takes frames");
     }
 
-    pub(super) async fn recv(&mut self) -> Vec<u8> {
+    pub(crate) async fn recv(&mut self) -> Vec<u8> {
         within(async {
             let len = self.0.read_u32().await.expect("a frame's length");
             let mut frame = vec![0; len as usize];
@@ -119,7 +119,7 @@ impl RawGuest {
 }
 
 /// A guest with a TCP/IP stack.
-pub(super) struct SimGuest {
+pub(crate) struct SimGuest {
     inner: Arc<Inner>,
     task: AbortHandle,
 }
@@ -188,7 +188,7 @@ impl TxToken for Tx<'_> {
 }
 
 impl SimGuest {
-    pub(super) fn start(stream: UnixStream) -> Self {
+    pub(crate) fn start(stream: UnixStream) -> Self {
         let mut wire = Queues::default();
         let mut config = Config::new(HardwareAddress::Ethernet(EthernetAddress(GUEST_MAC)));
         config.random_seed = 42;
@@ -227,7 +227,7 @@ impl SimGuest {
     }
 
     /// Starts a connection without waiting for it.
-    pub(super) fn begin_connect(&self, dst: SocketAddrV4) -> SimStream {
+    pub(crate) fn begin_connect(&self, dst: SocketAddrV4) -> SimStream {
         let mut stack = self.inner.lock();
         let port = stack.next_port;
         stack.next_port += 1;
@@ -245,14 +245,14 @@ impl SimGuest {
         }
     }
 
-    pub(super) async fn connect(&self, dst: SocketAddrV4) -> io::Result<SimStream> {
+    pub(crate) async fn connect(&self, dst: SocketAddrV4) -> io::Result<SimStream> {
         let stream = self.begin_connect(dst);
         within(stream.established()).await?;
         Ok(stream)
     }
 
     /// Opens a socket that accepts one connection.
-    pub(super) fn listen(&self, port: u16) -> SimStream {
+    pub(crate) fn listen(&self, port: u16) -> SimStream {
         let mut stack = self.inner.lock();
         let handle = stack.sockets.add(Self::tcp_socket());
         stack
@@ -266,7 +266,7 @@ impl SimGuest {
         }
     }
 
-    pub(super) fn udp(&self, port: u16) -> SimUdp {
+    pub(crate) fn udp(&self, port: u16) -> SimUdp {
         let buffer = || udp::PacketBuffer::new(vec![udp::PacketMetadata::EMPTY; 64], vec![0; 128 * 1024]);
         let mut socket = udp::Socket::new(buffer(), buffer());
         socket.bind(port).expect("a fresh socket");
@@ -337,7 +337,7 @@ async fn run(inner: Arc<Inner>, stream: UnixStream) {
 }
 
 /// A TCP socket of the simulated guest.
-pub(super) struct SimStream {
+pub(crate) struct SimStream {
     inner: Arc<Inner>,
     handle: SocketHandle,
 }
@@ -349,7 +349,7 @@ impl SimStream {
         result
     }
 
-    pub(super) async fn established(&self) -> io::Result<()> {
+    pub(crate) async fn established(&self) -> io::Result<()> {
         std::future::poll_fn(|cx| {
             self.with(|socket| match socket.state() {
                 tcp::State::SynSent | tcp::State::SynReceived | tcp::State::Listen => {
@@ -363,7 +363,7 @@ impl SimStream {
         .await
     }
 
-    pub(super) fn abort(&self) {
+    pub(crate) fn abort(&self) {
         self.with(tcp::Socket::abort);
     }
 }
@@ -421,7 +421,7 @@ impl Drop for SimStream {
 }
 
 /// A UDP socket of the simulated guest.
-pub(super) struct SimUdp {
+pub(crate) struct SimUdp {
     inner: Arc<Inner>,
     handle: SocketHandle,
 }
@@ -433,13 +433,13 @@ impl SimUdp {
         result
     }
 
-    pub(super) fn send_to(&self, data: &[u8], dst: SocketAddrV4) {
+    pub(crate) fn send_to(&self, data: &[u8], dst: SocketAddrV4) {
         let to = IpEndpoint::new(IpAddress::Ipv4(*dst.ip()), dst.port());
         self.with(|socket| socket.send_slice(data, to))
             .expect("room for a datagram");
     }
 
-    pub(super) async fn recv(&self) -> Vec<u8> {
+    pub(crate) async fn recv(&self) -> Vec<u8> {
         within(std::future::poll_fn(|cx| {
             self.with(|socket| match socket.recv() {
                 Ok((data, _)) => Poll::Ready(data.to_vec()),
