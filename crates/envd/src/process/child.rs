@@ -13,7 +13,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ffi::{CString, c_char, c_int, c_void};
 use std::io;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::path::Path;
 use std::ptr;
 
@@ -52,8 +52,8 @@ impl Program<'_> {
     /// Starts it as the leader of its own session, so that it can be signalled as a whole.
     ///
     /// # Errors
-    /// No such program, no permission, or no processes or memory left; nothing is left of the attempt.
-    pub(super) fn start(self) -> io::Result<Pid> {
+    /// No such program or working directory, no permission, or no processes or memory left; nothing is left of the attempt.
+    pub(super) fn start(self) -> io::Result<(Pid, OwnedFd)> {
         let candidates = self.candidates()?;
         let mut argv = Strings::default();
         for arg in std::iter::once(self.cmd).chain(self.args.iter().map(String::as_str)) {
@@ -94,9 +94,9 @@ impl Program<'_> {
             lent: super::oom::lend(),
             failure: Cell::new(0),
         };
-        let pid = plan.run()?;
+        let (pid, pidfd) = plan.run()?;
         match plan.failure.get() {
-            0 => Ok(pid),
+            0 => Ok((pid, pidfd)),
             failure => {
                 let _ = rustix::process::waitpid(Some(pid), WaitOptions::empty());
                 Err(io::Error::from_raw_os_error(failure))
@@ -175,27 +175,32 @@ struct Plan<'a> {
 
 impl Plan<'_> {
     /// Returns when the child has become its program, or has ended.
-    fn run(&self) -> io::Result<Pid> {
+    fn run(&self) -> io::Result<(Pid, OwnedFd)> {
         CHILD_STACK.with_borrow_mut(|stack| self.run_on(stack))
     }
 
-    fn run_on(&self, stack: &mut Vec<u8>) -> io::Result<Pid> {
+    fn run_on(&self, stack: &mut Vec<u8>) -> io::Result<(Pid, OwnedFd)> {
         // A handler that ran in the child would run on the agent's memory.
         let blocked = SignalsBlocked::new();
+        let mut pidfd: c_int = -1;
         // SAFETY: `CLONE_VFORK` keeps this thread in the call, and thus the plan and the stack alive and unwatched, until
         // the child has left this memory by `execve` or `_exit`. The child runs `in_child` alone, which neither
-        // allocates, locks, nor unwinds. The stack's top is within its allocation, and `clone` aligns it.
+        // allocates, locks, nor unwinds. The stack's top is within its allocation, and `clone` aligns it. The kernel writes
+        // one descriptor to where the last argument points.
         let pid = unsafe {
             libc::clone(
                 in_child,
                 stack.as_mut_ptr().add(STACK).cast(),
-                libc::CLONE_VM | libc::CLONE_VFORK | libc::SIGCHLD,
+                libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD,
                 ptr::from_ref(self).cast_mut().cast(),
+                &raw mut pidfd,
             )
         };
         let failure = io::Error::last_os_error();
         drop(blocked);
-        Pid::from_raw(pid).filter(|_| pid > 0).ok_or(failure)
+        let pid = Pid::from_raw(pid).filter(|_| pid > 0).ok_or(failure)?;
+        // SAFETY: the kernel has just made it for this call, which succeeded.
+        Ok((pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
     }
 
     /// In the child: everything up to the program.
@@ -336,7 +341,7 @@ mod tests {
             .open("/dev/null")?;
         let (ours, theirs) = pipe_with(PipeFlags::CLOEXEC)?;
         let args: Vec<String> = args.iter().map(|arg| (*arg).to_owned()).collect();
-        let pid = Program {
+        let (pid, _) = Program {
             cmd,
             args: &args,
             env: &env.iter().copied().collect(),

@@ -174,13 +174,13 @@ impl<R: io::BufRead> Connection<'_, R> {
             deadline: None,
         };
         let plan = wanted.plan(self.agent)?;
-        let cmd = plan.config.cmd.clone();
+        let (cmd, cwd) = (plan.config.cmd.clone(), plan.cwd.clone());
         let collected = self
             .spare
             .take()
             .map_or_else(Pipes::new, Ok)
             .and_then(|pipes| spawn::start_collected(&self.agent.processes, plan, pipes))
-            .map_err(|error| start_error(&cmd, &error))?;
+            .map_err(|error| start_error(&cmd, &cwd, &error))?;
         Ok((collected, deadline))
     }
 

@@ -1,6 +1,7 @@
 //! The `process.Process` service.
 
 use std::io;
+use std::path::Path;
 use std::sync::Arc;
 
 use base64::Engine as _;
@@ -105,19 +106,6 @@ impl Wanted {
             settings.default_workdir.as_deref(),
         )
         .map_err(ConnectError::invalid_argument)?;
-        match std::fs::metadata(&cwd) {
-            Ok(found) if found.is_dir() => {}
-            Ok(_) => {
-                let message = format!("cwd '{}' is not a directory", cwd.display());
-                return Err(ConnectError::invalid_argument(message));
-            }
-            Err(_) => {
-                return Err(ConnectError::invalid_argument(format!(
-                    "cwd '{}' does not exist",
-                    cwd.display()
-                )));
-            }
-        }
         Ok(Plan {
             config,
             tag,
@@ -131,8 +119,19 @@ impl Wanted {
     }
 }
 
-/// Why a program could not be started.
-pub(super) fn start_error(cmd: &str, error: &io::Error) -> ConnectError {
+/// Why a program could not be started there. Looked into afterwards, since nearly all are started.
+pub(super) fn start_error(cmd: &str, cwd: &Path, error: &io::Error) -> ConnectError {
+    match std::fs::metadata(cwd) {
+        Ok(found) if found.is_dir() => {}
+        Ok(_) => {
+            let message = format!("cwd '{}' is not a directory", cwd.display());
+            return ConnectError::invalid_argument(message);
+        }
+        Err(_) => {
+            let message = format!("cwd '{}' does not exist", cwd.display());
+            return ConnectError::invalid_argument(message);
+        }
+    }
     let message = format!("error starting process '{cmd}': {error}");
     match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::PermissionDenied | io::ErrorKind::InvalidInput => {
@@ -306,8 +305,9 @@ impl wire::Process for ProcessService {
         request: ServiceRequest<'_, StartRequest>,
     ) -> ServiceResult<ServiceStream<impl Encodable<StartResponse> + Send + use<>>> {
         let plan = self.plan(&ctx, request.to_owned_message())?;
-        let cmd = plan.config.cmd.clone();
-        let events = spawn::start(&self.agent.processes, plan).map_err(|error| start_error(&cmd, &error))?;
+        let (cmd, cwd) = (plan.config.cmd.clone(), plan.cwd.clone());
+        let events =
+            spawn::start(&self.agent.processes, plan).map_err(|error| start_error(&cmd, &cwd, &error))?;
         let events = event_stream(events, ctx.headers(), deadline(&ctx), |event| StartResponse {
             event: event.into(),
             ..Default::default()

@@ -9,7 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use futures::future::join_all;
 use rustix::pipe::{PipeFlags, pipe_with};
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions, pidfd_open, waitpid};
+use rustix::process::{Signal, WaitOptions, waitpid};
 use rustix::pty::{OpenptFlags, ioctl_tiocgptpeer, openpt, unlockpt};
 use rustix::termios::{Winsize, tcsetwinsize};
 use tokio::io::unix::AsyncFd;
@@ -105,7 +105,11 @@ pub(crate) fn start(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<mpsc::R
     let (process, pidfd) = launch(plan, theirs.each_ref().map(|fd| fd.as_fd()), streams.input)?;
     // Held by the process alone from here on, so that its streams end with it.
     drop(theirs);
-    let pidfd = watch_fd(pidfd).inspect_err(|_| abandon(process.pid))?;
+    let pidfd = watch_fd(pidfd).inspect_err(|_| {
+        // Nobody would ever learn of its end, so it must not live. SIGKILL makes this wait short.
+        super::session::signal(process.pid, Signal::KILL);
+        let _ = waitpid(Some(process.pid), WaitOptions::empty());
+    })?;
     let events = process.subscribe();
     table.insert(&process);
     tokio::spawn(supervise(
@@ -160,7 +164,7 @@ pub(super) fn start_collected(
 }
 
 fn launch(plan: Plan, stdio: [BorrowedFd<'_>; 3], input: Input) -> io::Result<(Arc<Process>, OwnedFd)> {
-    let pid = Program {
+    let (pid, pidfd) = Program {
         cmd: &plan.config.cmd,
         args: &plan.config.args,
         env: &environment(&plan),
@@ -170,14 +174,7 @@ fn launch(plan: Plan, stdio: [BorrowedFd<'_>; 3], input: Input) -> io::Result<(A
         credentials: plan.user.credentials(),
     }
     .start()?;
-    let pidfd = pidfd_open(pid, PidfdFlags::NONBLOCK).inspect_err(|_| abandon(pid))?;
     Ok((Arc::new(Process::new(pid, plan.config, plan.tag, input)), pidfd))
-}
-
-/// Nobody would ever learn of this process's end, so it must not live. SIGKILL makes the wait short.
-fn abandon(pid: Pid) {
-    super::session::signal(pid, Signal::KILL);
-    let _ = waitpid(Some(pid), WaitOptions::empty());
 }
 
 /// The agent's own search path and the user's account, then what the sandbox and the request say: later ones win.
