@@ -30,23 +30,16 @@ impl GuestClient {
             Some(limit) => options.with_timeout(limit),
             None => options,
         };
-        let tag = spec.tag.clone().unwrap_or_default();
+        let tag = spec.tag.clone();
         let request = envd::StartRequest {
-            process: envd::ProcessConfig {
-                cmd: spec.cmd,
-                args: spec.args,
-                envs: spec.envs,
-                cwd: spec.cwd,
-                ..Default::default()
-            }
-            .into(),
+            tag: tag.clone(),
+            process: process_config(spec).into(),
             pty: pty
                 .map(|size| envd::PTY {
                     size: pty_size(&size).into(),
                     ..Default::default()
                 })
                 .into(),
-            tag: spec.tag,
             stdin: Some(stdin),
             ..Default::default()
         };
@@ -58,7 +51,7 @@ impl GuestClient {
                 stream,
             ))
         });
-        Ok(translate(events, tag))
+        Ok(translate(events, tag.unwrap_or_default()))
     }
 
     /// Follows a process that runs already.
@@ -164,6 +157,17 @@ impl GuestClient {
             ..Default::default()
         };
         begins(self.inner.process.update(request)).await.map(drop)
+    }
+}
+
+/// What of a process goes to the agent as it is.
+pub(super) fn process_config(spec: host::ProcessSpec) -> envd::ProcessConfig {
+    envd::ProcessConfig {
+        cmd: spec.cmd,
+        args: spec.args,
+        envs: spec.envs,
+        cwd: spec.cwd,
+        ..Default::default()
     }
 }
 

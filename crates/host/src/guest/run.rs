@@ -18,11 +18,11 @@ use tokio::io::{
     AsyncBufReadExt as _, AsyncRead as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, ReadBuf,
 };
 use wrenn_proto::guest::{MAX_RUN_MESSAGE, RUN_PATH, RUN_PROTOCOL};
+use wrenn_proto::hostagent as host;
 use wrenn_proto::run::__buffa::oneof::run_event::Event as RunEventKind;
 use wrenn_proto::run::{RunEvent, RunRequest};
-use wrenn_proto::{hostagent as host, process as envd};
 
-use super::processes::translate_event;
+use super::processes::{process_config, translate_event};
 use super::{FIRST_ANSWER, GuestClient, MAX_EVENT, empty, request, rpc_error};
 use crate::error::{HostError, Result};
 
@@ -209,17 +209,11 @@ impl GuestClient {
         limit: Option<Duration>,
         max: usize,
     ) -> Result<Collected> {
+        let (tag, user) = (spec.tag.clone(), spec.user.clone());
         let request = RunRequest {
-            process: envd::ProcessConfig {
-                cmd: spec.cmd,
-                args: spec.args,
-                envs: spec.envs,
-                cwd: spec.cwd,
-                ..Default::default()
-            }
-            .into(),
-            tag: spec.tag.unwrap_or_default(),
-            user: spec.user,
+            process: process_config(spec).into(),
+            tag: tag.unwrap_or_default(),
+            user,
             limit_ms: limit.map_or(0, |limit| u64::try_from(limit.as_millis()).unwrap_or(u64::MAX)),
             ..Default::default()
         };
@@ -294,6 +288,7 @@ impl GuestClient {
 mod tests {
     use tokio::io::{AsyncRead, AsyncWrite};
     use wrenn_proto::guest::ENVD_PORT;
+    use wrenn_proto::process as envd;
     use wrenn_proto::process::process_event::{DataEvent, EndEvent, StartEvent};
     use wrenn_proto::process::{ProcessEvent, StartResponse};
     use wrenn_proto::run::run_event::Refused;
