@@ -14,7 +14,7 @@ use super::spawn::AsyncPipe;
 use super::table::{Event, Process, Source};
 
 /// Half of a pipe's usual capacity: few events for much output, little memory for many streams.
-const CHUNK: usize = 32 * 1024;
+pub(super) const CHUNK: usize = 32 * 1024;
 /// After its end, a process's output is complete when the stream is closed. Background children may hold it
 /// open; their output still counts while it comes without a pause of this length …
 pub(super) const QUIET: Duration = Duration::from_millis(500);

@@ -1,8 +1,8 @@
 //! Collected runs: commands whose caller wants their whole output, on a connection of the host's own.
 //!
 //! The platform's most frequent call. After each change of address space an emulator looks up every piece of code anew,
-//! so what such a call costs is how much different code it passes: HTTP, RPC, tasks and timers came to a third of it. Here
-//! the connection is upgraded once, and a thread of its own then reads a request, starts the program, waits for its end
+//! so what such a call costs is how much different code it passes, and HTTP, RPC, tasks and timers are much. Here the
+//! connection is upgraded once, and a thread of its own then reads a request, starts the program, waits for its end
 //! and answers, with plain system calls. The messages are in `run.proto`.
 //!
 //! Everything else is as with `process.Process`: the process is in the table, can be listed, followed and killed, and
@@ -30,20 +30,18 @@ use tokio::runtime::Handle;
 use wrenn_proto::guest::{MAX_RUN_MESSAGE, RUN_PROTOCOL};
 use wrenn_proto::run::{RunEvent, RunRequest, run_event::Refused};
 
-use super::pump::{self, LINGER, QUIET};
+use super::pump::{self, CHUNK, LINGER, QUIET};
 use super::service::{Wanted, start_error, user_named};
 use super::spawn::{self, Collected, Pipes, nonblocking};
 use super::stream::{deadline_error, encode};
 use super::table::{Event, Exit, Source};
 use crate::http::Failure;
 use crate::logging::log;
-use crate::state::Agent;
+use crate::state::{Agent, Settings};
 use crate::unsafe_calls::yield_to_programs;
 
 /// Stack of a connection's thread.
 const STACK: usize = 256 * 1024;
-/// Output is read in pieces of this size, half of a pipe's usual capacity.
-const CHUNK: usize = 32 * 1024;
 /// So long, and up to [`CHUNK`] of output, events wait for one another.
 const GATHER: Duration = Duration::from_millis(100);
 /// How long the host may take to read what was sent before it counts as gone.
@@ -60,14 +58,15 @@ pub(crate) async fn upgrade(State(agent): State<Arc<Agent>>, mut request: Reques
         let message = format!("this is for connections that are upgraded to {RUN_PROTOCOL}");
         return Failure::new(StatusCode::UPGRADE_REQUIRED, message).into_response();
     };
+    // What the request was let in with just now; by the time the connection is there it may be another.
+    let settings = agent.settings();
     tokio::spawn(async move {
-        match upgrade.await {
-            Ok(upgraded) => {
-                if let Err(error) = hand_over(agent, upgraded) {
-                    log!("a connection for runs: {error}");
-                }
-            }
-            Err(error) => log!("a connection for runs: {error}"),
+        let handed_over = match upgrade.await {
+            Ok(upgraded) => hand_over(agent, settings, upgraded),
+            Err(error) => Err(io::Error::other(error)),
+        };
+        if let Err(error) = handed_over {
+            log!("a connection for runs: {error}");
         }
     });
     let mut response = StatusCode::SWITCHING_PROTOCOLS.into_response();
@@ -78,14 +77,13 @@ pub(crate) async fn upgrade(State(agent): State<Arc<Agent>>, mut request: Reques
 }
 
 /// Gives the connection to a thread.
-fn hand_over(agent: Arc<Agent>, upgraded: Upgraded) -> io::Result<()> {
+fn hand_over(agent: Arc<Agent>, settings: Arc<Settings>, upgraded: Upgraded) -> io::Result<()> {
     let parts = downcast::<TokioIo<tokio::net::TcpStream>>(upgraded)
         .map_err(|_| io::Error::other("not a plain connection"))?;
     let stream = parts.io.into_inner().into_std()?;
     stream.set_nonblocking(false)?;
     stream.set_write_timeout(Some(PATIENCE))?;
     let runtime = Handle::current();
-    let token = agent.settings().access_token.clone();
     std::thread::Builder::new()
         .name("run".to_owned())
         .stack_size(STACK)
@@ -96,10 +94,13 @@ fn hand_over(agent: Arc<Agent>, upgraded: Upgraded) -> io::Result<()> {
             let mut connection = Connection {
                 agent: &agent,
                 runtime: &runtime,
-                token: token.as_deref(),
+                token: settings.access_token.as_deref(),
                 reader: BufReader::new(io::Cursor::new(parts.read_buf).chain(&stream)),
-                stream: &stream,
-                out: Vec::new(),
+                answer: Answer {
+                    stream: &stream,
+                    events: Vec::new(),
+                    lost: None,
+                },
                 buffer: vec![0; CHUNK],
                 spare: None,
             };
@@ -116,9 +117,7 @@ struct Connection<'a, R> {
     /// What the connection was let in with.
     token: Option<&'a str>,
     reader: R,
-    stream: &'a TcpStream,
-    /// Events that wait to be sent.
-    out: Vec<u8>,
+    answer: Answer<'a>,
     buffer: Vec<u8>,
     /// For the next process, made while there was time.
     spare: Option<Pipes>,
@@ -141,14 +140,17 @@ impl<R: io::BufRead> Connection<'_, R> {
             }
             let request = RunRequest::decode_from_slice(&message).map_err(io::Error::other)?;
             match self.start(request) {
-                Ok((collected, deadline)) => self.follow(collected, deadline)?,
+                Ok((collected, deadline)) => self.follow(collected, deadline),
                 Err(error) => {
-                    self.push(&refusal(error));
-                    self.flush()?;
+                    self.answer.push(&refusal(error));
+                    self.answer.flush();
                 }
             }
+            if let Some(lost) = self.answer.lost.take() {
+                return Err(lost);
+            }
             // What follows is done while the host works on the answer.
-            self.out.shrink_to(2 * CHUNK);
+            self.answer.events.shrink_to(2 * CHUNK);
             if self.spare.is_none() {
                 self.spare = Pipes::new().ok();
             }
@@ -185,7 +187,7 @@ impl<R: io::BufRead> Connection<'_, R> {
     }
 
     /// Sends what the process writes, and its end, or the error that takes the end's place.
-    fn follow(&mut self, collected: Collected, deadline: Option<Instant>) -> io::Result<()> {
+    fn follow(&mut self, collected: Collected, deadline: Option<Instant>) {
         let Collected {
             process,
             pidfd,
@@ -196,10 +198,9 @@ impl<R: io::BufRead> Connection<'_, R> {
             Some(Output::new(stdout, Source::Stdout)),
             Some(Output::new(stderr, Source::Stderr)),
         ];
-        let mut lost = None;
         let (mut killed, mut end) = (false, None::<End>);
         let mut gathered = Some(Instant::now() + GATHER);
-        self.push(&event(Event::Start(process.id())));
+        self.answer.push(&event(Event::Start(process.id())));
         let exit = loop {
             let until = match &end {
                 Some(end) => Some(end.until(&outputs)),
@@ -211,34 +212,25 @@ impl<R: io::BufRead> Connection<'_, R> {
                 let Some(output) = slot.as_mut().filter(|_| !ready.is_empty()) else {
                     continue;
                 };
-                let mut closed = false;
                 // Of a stream that is closed at its other end the rest is there to be read; else one read does not wait.
-                loop {
-                    let count = match rustix::io::read(&output.pipe, &mut *self.buffer) {
-                        Ok(count) => count,
-                        Err(rustix::io::Errno::INTR) => continue,
-                        Err(_) => 0,
-                    };
+                let closed = loop {
+                    let count = output.read(&mut self.buffer);
                     if count == 0 {
-                        closed = true;
-                        break;
+                        break true;
                     }
-                    output.owed = output.owed.saturating_sub(count as u64);
                     if let Some(end) = &mut end {
                         end.quiet = Instant::now() + QUIET;
                     }
                     let data = Event::Data(output.source, Bytes::copy_from_slice(&self.buffer[..count]));
                     process.publish_from_outside(&data, self.runtime, deadline.map(Into::into));
-                    if lost.is_none() {
-                        push(&mut self.out, &event(data));
-                        if self.out.len() > CHUNK || gathered.is_none() {
-                            lost = flush(self.stream, &mut self.out).err();
-                        }
+                    self.answer.push(&event(data));
+                    if self.answer.events.len() > CHUNK || gathered.is_none() {
+                        self.answer.flush();
                     }
                     if !ready.contains(PollFlags::HUP) {
-                        break;
+                        break false;
                     }
-                }
+                };
                 if closed {
                     *slot = None;
                 }
@@ -269,35 +261,49 @@ impl<R: io::BufRead> Connection<'_, R> {
             }
             if gathered.is_some_and(|gathered| now >= gathered) {
                 gathered = None;
-                if lost.is_none() {
-                    lost = flush(self.stream, &mut self.out).err();
-                }
+                self.answer.flush();
             }
         };
-        if killed {
-            self.push(&refusal(deadline_error()));
+        self.answer.push(&if killed {
+            refusal(deadline_error())
         } else {
-            self.push(&event(Event::End(exit)));
-        }
+            event(Event::End(exit))
+        });
         // Before what the caller need not wait for: the process is over already for whoever asks.
-        let sent = match lost {
-            Some(lost) => Err(lost),
-            None => self.flush(),
-        };
+        self.answer.flush();
         let _runtime = self.runtime.enter();
         self.agent.processes.finish_elsewhere(&process, exit);
         for output in outputs.into_iter().flatten() {
             drain(output.pipe);
         }
-        sent
     }
+}
 
+/// Events on their way to the host. Nothing is sent any more once the host is gone.
+struct Answer<'a> {
+    stream: &'a TcpStream,
+    events: Vec<u8>,
+    lost: Option<io::Error>,
+}
+
+impl Answer<'_> {
     fn push(&mut self, event: &RunEvent) {
-        push(&mut self.out, event);
+        if self.lost.is_some() {
+            return;
+        }
+        let start = self.events.len();
+        self.events.extend_from_slice(&[0; 4]);
+        event.encode(&mut self.events);
+        // Events hold at most a chunk of output.
+        let length = u32::try_from(self.events.len() - start - 4).unwrap_or(u32::MAX);
+        self.events[start..start + 4].copy_from_slice(&length.to_le_bytes());
     }
 
-    fn flush(&mut self) -> io::Result<()> {
-        flush(self.stream, &mut self.out)
+    fn flush(&mut self) {
+        if self.lost.is_none() {
+            self.lost = self.stream.write_all(&self.events).err();
+        }
+        self.events.clear();
     }
 }
 
@@ -324,6 +330,13 @@ impl Output {
             source,
             owed: 0,
         }
+    }
+
+    /// The length of what was read; 0 at the end.
+    fn read(&mut self, buffer: &mut [u8]) -> usize {
+        let count = rustix::io::retry_on_intr(|| rustix::io::read(&self.pipe, &mut *buffer)).unwrap_or(0);
+        self.owed = self.owed.saturating_sub(count as u64);
+        count
     }
 }
 
@@ -404,19 +417,4 @@ fn refusal(error: ConnectError) -> RunEvent {
         ),
         ..Default::default()
     }
-}
-
-fn push(out: &mut Vec<u8>, event: &RunEvent) {
-    let start = out.len();
-    out.extend_from_slice(&[0; 4]);
-    event.encode(out);
-    // Events hold at most a chunk of output.
-    let length = u32::try_from(out.len() - start - 4).unwrap_or(u32::MAX);
-    out[start..start + 4].copy_from_slice(&length.to_le_bytes());
-}
-
-fn flush(mut stream: &TcpStream, out: &mut Vec<u8>) -> io::Result<()> {
-    let written = stream.write_all(out);
-    out.clear();
-    written
 }

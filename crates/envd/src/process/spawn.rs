@@ -130,7 +130,7 @@ pub(super) struct Collected {
     pub(super) stderr: OwnedFd,
 }
 
-/// Where a process without input writes to, and the agent's ends of that.
+/// What a process without a terminal writes to: of each pipe the agent's end, then the process's.
 pub(super) struct Pipes {
     stdout: (OwnedFd, OwnedFd),
     stderr: (OwnedFd, OwnedFd),
@@ -228,13 +228,12 @@ fn pipes(stdin: bool) -> io::Result<Stdio> {
     } else {
         (no_input()?, Input::Closed)
     };
-    let (stdout, theirs_out) = pipe_with(PipeFlags::CLOEXEC)?;
-    let (stderr, theirs_err) = pipe_with(PipeFlags::CLOEXEC)?;
+    let Pipes { stdout, stderr } = Pipes::new()?;
     let outputs = vec![
-        (Arc::new(nonblocking(stdout)?), Source::Stdout),
-        (Arc::new(nonblocking(stderr)?), Source::Stderr),
+        (Arc::new(nonblocking(stdout.0)?), Source::Stdout),
+        (Arc::new(nonblocking(stderr.0)?), Source::Stderr),
     ];
-    let theirs = [theirs_in, Arc::new(theirs_out), Arc::new(theirs_err)];
+    let theirs = [theirs_in, Arc::new(stdout.1), Arc::new(stderr.1)];
     Ok((theirs, Streams { input, outputs }))
 }
 

@@ -232,13 +232,17 @@ fn rpc_error(error: ConnectError) -> HostError {
 
 /// The beginning of an answer whose rest may take its time.
 async fn begins<T>(answer: impl Future<Output = Result<T, ConnectError>>) -> Result<T> {
-    match tokio::time::timeout(FIRST_ANSWER, answer).await {
-        Ok(answer) => answer.map_err(rpc_error),
-        Err(_) => Err(HostError::Guest(format!(
+    first(answer).await?.map_err(rpc_error)
+}
+
+/// What a guest has to come to before it counts as silent.
+async fn first<T>(answer: impl Future<Output = T>) -> Result<T> {
+    tokio::time::timeout(FIRST_ANSWER, answer).await.map_err(|_| {
+        HostError::Guest(format!(
             "it did not begin to answer within {} s",
             FIRST_ANSWER.as_secs()
-        ))),
-    }
+        ))
+    })
 }
 
 /// The header by which a request chooses its user, as the SDKs send it.

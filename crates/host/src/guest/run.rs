@@ -23,7 +23,7 @@ use wrenn_proto::run::__buffa::oneof::run_event::Event as RunEventKind;
 use wrenn_proto::run::{RunEvent, RunRequest};
 
 use super::processes::{process_config, translate_event};
-use super::{FIRST_ANSWER, GuestClient, MAX_EVENT, empty, request, rpc_error};
+use super::{FIRST_ANSWER, GuestClient, MAX_EVENT, empty, first, request, rpc_error};
 use crate::error::{HostError, Result};
 
 use host::__buffa::oneof::process_event::Event as HostEvent;
@@ -275,12 +275,7 @@ impl GuestClient {
                 stream: BufReader::new(TokioIo::new(upgraded)),
             }))
         };
-        tokio::time::timeout(FIRST_ANSWER, answered).await.map_err(|_| {
-            HostError::Guest(format!(
-                "it did not begin to answer within {} s",
-                FIRST_ANSWER.as_secs()
-            ))
-        })?
+        first(answered).await?
     }
 }
 
