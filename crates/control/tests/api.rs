@@ -334,6 +334,25 @@ async fn programs_run() {
 }
 
 #[tokio::test]
+async fn a_decision_about_a_sandbox_is_felt_by_the_very_next_call() {
+    let world = World::new().await;
+    let sandbox = world.sandbox().await;
+    let exec = format!("/v1/sandboxes/{sandbox}/exec");
+    let (status, body) = world.post(&exec, json!({"cmd": "echo"})).await;
+    assert_eq!(status, 200, "{body}");
+    // The host does not know yet, and would still serve it.
+    world.host.hold(Call::Pause);
+    let (status, body) = world
+        .post(&format!("/v1/sandboxes/{sandbox}/pause"), json!({}))
+        .await;
+    assert_eq!(status, 202, "{body}");
+    let (status, body) = world.post(&exec, json!({"cmd": "echo"})).await;
+    assert_eq!((status, code(&body)), (409, "invalid_state"), "{body}");
+    world.host.release(Call::Pause);
+    world.until(&sandbox, "paused").await;
+}
+
+#[tokio::test]
 async fn a_host_that_is_away_is_unavailable() {
     let mut world = World::new().await;
     let sandbox = world.sandbox().await;

@@ -114,6 +114,36 @@ async fn any_instance_serves_any_request() {
 }
 
 #[tokio::test]
+async fn what_another_instance_did_to_a_sandbox_is_found_though_its_place_is_remembered() {
+    // Without Redis, so that this instance does not hear of it.
+    let world = World::on(Postgres::start(), None).await;
+    let other = Instance::start(&world.config).await;
+    let sandbox = world.sandbox().await;
+    let exec = format!("/v1/sandboxes/{sandbox}/exec");
+    let run = async || {
+        let (status, body) = world.post(&exec, json!({"cmd": "echo"})).await;
+        let message = body["error"]["message"].as_str().unwrap_or_default().to_owned();
+        (status, message)
+    };
+    let decide = async |method: &str, verb: &str| {
+        let path = format!("/v1/sandboxes/{sandbox}{verb}?wait=20");
+        let (status, body) = other.call(&world, method, &path).await;
+        assert_eq!(status, 200, "{body}");
+    };
+    assert_eq!(run().await.0, 200);
+    decide("POST", "/pause").await;
+    let (status, message) = run().await;
+    assert_eq!(status, 409);
+    assert!(message.contains("paused"), "{message}");
+    decide("POST", "/resume").await;
+    assert_eq!(run().await.0, 200);
+    decide("DELETE", "").await;
+    let (status, message) = run().await;
+    assert_eq!(status, 409);
+    assert!(message.contains("stopped"), "{message}");
+}
+
+#[tokio::test]
 async fn one_leads_and_the_other_takes_over() {
     let redis = Redis::start();
     let world = World::on(Postgres::start(), Some(redis.url())).await;

@@ -343,6 +343,25 @@ async fn a_request_takes_as_many_statements_as_the_documentation_says() {
     let reached = known(&format!("/v1/sandboxes/{id}/processes")).await;
     assert_eq!(reached.len(), 1, "{reached:#?}");
     assert!(reached[0].contains("JOIN \"hosts\""), "{reached:#?}");
+    // An exec that follows another knows the place; that moment may end in between too.
+    let exec = format!("/v1/sandboxes/{id}/exec");
+    let mut reads = Vec::new();
+    for _ in 0..50 {
+        let body = Some(json!({"cmd": "echo"}));
+        let sent = setup
+            .during(async |plane| drop(plane.call(key, "POST", &exec, body).await))
+            .await;
+        reads = sent
+            .into_iter()
+            .filter(|sql| {
+                sql.starts_with("SELECT") && (sql.contains("sandboxes") || sql.contains(KEY_LOOKUP))
+            })
+            .collect();
+        if reads.is_empty() {
+            break;
+        }
+    }
+    assert!(reads.is_empty(), "{reads:#?}");
     let listed = known("/v1/sandboxes?limit=50").await;
     assert_eq!(listed.len(), 1, "{listed:#?}");
     let next = known(&format!("/v1/sandboxes?limit=50&before={id}")).await;

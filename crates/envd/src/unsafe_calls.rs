@@ -20,12 +20,11 @@ pub(crate) fn watch_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
 
 /// Lets running programs finish what they are at before this process takes their processor, for output that they
 /// write bit by bit would otherwise cost two switches a piece. An idle processor is taken at once, a busy one with
-/// the next tick. What this process starts is scheduled as usual.
+/// the next tick. What this thread starts inherits it.
 pub(crate) fn yield_to_programs() -> io::Result<()> {
     let parameters = libc::sched_param { sched_priority: 0 };
-    let policy = libc::SCHED_BATCH | libc::SCHED_RESET_ON_FORK;
     // SAFETY: the call reads the parameters, which live here, and changes this thread's scheduling only.
-    match unsafe { libc::sched_setscheduler(0, policy, &raw const parameters) } {
+    match unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
     }

@@ -126,7 +126,16 @@ impl Subscription {
         self.heard(|event| matches!(event, Event::Sandbox(_) | Event::Outbox))
             .await;
         // What else is there already is covered by the same look.
-        while self.0.try_recv().is_ok() {}
+        while let Some(Ok(_)) = self.heard_already() {}
+    }
+
+    /// What has been heard since, without waiting: an error when more was said than is kept, `None` when that was all.
+    pub(crate) fn heard_already(&mut self) -> Option<Result<Event, broadcast::error::TryRecvError>> {
+        use broadcast::error::TryRecvError;
+        match self.0.try_recv() {
+            Err(TryRecvError::Empty | TryRecvError::Closed) => None,
+            heard => Some(heard),
+        }
     }
 
     async fn heard(&mut self, wanted: impl Fn(Event) -> bool) {

@@ -127,7 +127,7 @@ impl Services {
         }
         drop(sender);
         call.await.map_err(rpc::guest_error)?;
-        self.used(&sandbox).await
+        self.used(sandbox.id, sandbox.last_active_at).await
     }
 
     /// Opens a file. Its first bytes are there when this returns, so a missing file is an error here and
@@ -144,7 +144,7 @@ impl Services {
         let chunks = self.first_answer(client.read_file_stream(request)).await?;
         let mut stream = FileStream { first: None, chunks };
         stream.first = stream.pull().await?;
-        self.used(&sandbox).await?;
+        self.used(sandbox.id, sandbox.last_active_at).await?;
         Ok(stream)
     }
 

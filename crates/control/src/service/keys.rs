@@ -1,24 +1,19 @@
 //! API keys: making and revoking them, and telling quickly whose a key is.
 //!
-//! A key that was looked up is known for a moment, so that a busy client costs a query a second rather than one per request. A
-//! revocation is felt at once by the process that makes it, and by every other when its moment is over. When
-//! a key was used is collected in memory and written in batches.
+//! A key that was looked up is known for a moment ([`Lately`]). A revocation is felt at once by the process that makes
+//! it, and by every other when its moment is over. When a key was used is collected in memory and written in batches.
 
 use std::collections::HashMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
+use super::lately::{Asked, Lately};
 use super::{Services, validate};
 use crate::auth;
 use crate::domain::team::ApiKey;
 use crate::domain::{Actor, KeyId, Millis, Principal, Role, Session, TeamId, now};
 use crate::{Error, Result};
 
-/// How long a looked-up key is known; counted from before the question, so that a revocation is effective within a second
-/// everywhere.
-const KNOWN: Duration = Duration::from_millis(900);
-/// Most keys that are known at once. Beyond it, keys are looked up each time.
-const MOST_KNOWN: usize = 10_000;
 /// Longest name of a key, characters.
 const MAX_NAME: usize = 100;
 
@@ -28,20 +23,11 @@ pub(crate) struct KnownKeys(Mutex<Known>);
 
 #[derive(Default)]
 struct Known {
-    keys: HashMap<String, (Principal, Instant)>,
+    keys: Lately<String, Principal>,
     used: HashMap<KeyId, Millis>,
-    /// Counts revocations: an answer that was asked for before one is not kept.
-    revocations: u64,
 }
 
-wrenn_proto::discreet_debug!(Known shows(used, revocations) hides(keys));
-
-/// Remembers when a question was asked.
-#[derive(Debug, Clone, Copy)]
-struct Asked {
-    at: Instant,
-    revocations: u64,
-}
+wrenn_proto::discreet_debug!(Known shows(used) hides(keys));
 
 impl KnownKeys {
     fn lock(&self) -> MutexGuard<'_, Known> {
@@ -49,43 +35,23 @@ impl KnownKeys {
     }
 
     /// Whose a key is, if that is known; else what [`KnownKeys::learn`] needs.
-    fn recall(&self, hash: &str, at: Instant) -> std::result::Result<Principal, Asked> {
+    fn recall(&self, hash: &str) -> std::result::Result<Principal, Asked> {
         let mut known = self.lock();
-        match known.keys.get(hash) {
-            Some((principal, since)) if at.saturating_duration_since(*since) < KNOWN => {
-                let principal = *principal;
-                known.note_use(principal);
-                Ok(principal)
-            }
-            _ => Err(Asked {
-                at,
-                revocations: known.revocations,
-            }),
-        }
+        let principal = known.keys.recall(hash, Instant::now())?;
+        known.note_use(principal);
+        Ok(principal)
     }
 
     /// Keeps an answer, unless a revocation came between.
     fn learn(&self, hash: String, principal: Principal, asked: Asked) {
         let mut known = self.lock();
         known.note_use(principal);
-        if known.revocations != asked.revocations {
-            return;
-        }
-        if known.keys.len() >= MOST_KNOWN {
-            known
-                .keys
-                .retain(|_, (_, since)| asked.at.saturating_duration_since(*since) < KNOWN);
-        }
-        if known.keys.len() < MOST_KNOWN || known.keys.contains_key(&hash) {
-            known.keys.insert(hash, (principal, asked.at));
-        }
+        known.keys.learn(hash, principal, asked);
     }
 
     /// Forgets keys that were revoked.
     fn forget(&self, revoked: impl Fn(&Principal) -> bool) {
-        let mut known = self.lock();
-        known.revocations += 1;
-        known.keys.retain(|_, (principal, _)| !revoked(principal));
+        self.lock().keys.forget(|_, principal| revoked(principal));
     }
 
     /// Forgets all keys: those that count no more cannot be told apart here.
@@ -111,7 +77,7 @@ impl Services {
     /// Whose a key is. A known key costs no query.
     pub(super) async fn principal_of_key(&self, key: &str) -> Result<Option<Principal>> {
         let hash = auth::hash(key);
-        let asked = match self.known_keys.recall(&hash, Instant::now()) {
+        let asked = match self.known_keys.recall(&hash) {
             Ok(principal) => return Ok(Some(principal)),
             Err(asked) => asked,
         };
@@ -209,60 +175,19 @@ impl Services {
 mod tests {
     use super::*;
 
-    fn principal() -> Principal {
-        Principal {
+    #[test]
+    fn the_keys_of_a_team_are_forgotten_and_others_are_not() {
+        let known = KnownKeys::default();
+        let keys = [(); 2].map(|()| Principal {
             team: TeamId::new(),
             actor: Actor::Key(KeyId::new()),
-        }
-    }
-
-    #[test]
-    fn a_key_is_known_for_a_moment() {
-        let (known, start, key) = (KnownKeys::default(), Instant::now(), principal());
-        let asked = known.recall("a", start).expect_err("unknown");
-        known.learn("a".to_owned(), key, asked);
-        assert_eq!(
-            known.recall("a", start + KNOWN - Duration::from_millis(1)).ok(),
-            Some(key)
-        );
-        assert!(known.recall("a", start + KNOWN).is_err());
-        assert!(KNOWN < Duration::from_secs(1));
-    }
-
-    #[test]
-    fn an_answer_from_before_a_revocation_is_not_kept() {
-        let (known, start, key) = (KnownKeys::default(), Instant::now(), principal());
-        let asked = known.recall("a", start).expect_err("unknown");
-        known.forget(|other| other.actor == key.actor);
-        known.learn("a".to_owned(), key, asked);
-        assert!(known.recall("a", start).is_err());
-    }
-
-    #[test]
-    fn a_revoked_key_is_forgotten_and_others_are_not() {
-        let (known, start) = (KnownKeys::default(), Instant::now());
-        let keys = [principal(), principal()];
+        });
         for (hash, key) in ["a", "b"].into_iter().zip(keys) {
-            let asked = known.recall(hash, start).expect_err("unknown");
+            let asked = known.recall(hash).expect_err("unknown");
             known.learn(hash.to_owned(), key, asked);
         }
         known.forget_team(keys[0].team);
-        assert!(known.recall("a", start).is_err());
-        assert_eq!(known.recall("b", start).ok(), Some(keys[1]));
-    }
-
-    #[test]
-    fn no_more_keys_are_known_than_the_bound() {
-        let (known, start) = (KnownKeys::default(), Instant::now());
-        for number in 0..MOST_KNOWN + 10 {
-            let asked = known.recall(&number.to_string(), start).expect_err("unknown");
-            known.learn(number.to_string(), principal(), asked);
-        }
-        assert_eq!(known.lock().keys.len(), MOST_KNOWN);
-        // Room is made when their moment is over.
-        let later = start + KNOWN;
-        let asked = known.recall("new", later).expect_err("unknown");
-        known.learn("new".to_owned(), principal(), asked);
-        assert_eq!(known.lock().keys.len(), 1);
+        assert!(known.recall("a").is_err());
+        assert_eq!(known.recall("b").ok(), Some(keys[1]));
     }
 }

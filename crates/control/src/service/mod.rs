@@ -19,8 +19,10 @@ pub(crate) mod host_management;
 pub(crate) mod hosts;
 pub(crate) mod idempotency;
 pub(crate) mod keys;
+mod lately;
 mod leader;
 pub(crate) mod monitor;
+mod places;
 pub(crate) mod processes;
 pub(crate) mod sandbox_metrics;
 pub(crate) mod sandboxes;
@@ -70,6 +72,8 @@ pub struct Inner {
     strangers: Mutex<HashMap<SandboxId, crate::domain::Millis>>,
     /// API keys that were looked up lately.
     known_keys: keys::KnownKeys,
+    /// Where sandboxes run that were looked up lately.
+    places: places::Places,
     /// Deleted teams that are being emptied.
     purging: deletion::Purging,
     accounts: accounts::Accounts,
@@ -113,6 +117,7 @@ impl Services {
                 accounts,
                 sessions: Sessions::new(&secret),
                 pool: Pool::new(secret.clone(), config.allow_private_byoc),
+                places: places::Places::new(&bus),
                 config,
                 store,
                 extensions,

@@ -235,19 +235,10 @@ impl Services {
             tag: tag.clone(),
         }
         .wire()?;
-        let (sandbox, client) = self.running(principal, id, "exec in").await?;
         let limit = if asked == 0 && !background {
             DEFAULT_EXEC_SEC
         } else {
             asked
-        };
-        let request = hostagent::ExecRequest {
-            sandbox_id: sandbox.id.to_string(),
-            process: spec.into(),
-            timeout_sec: limit,
-            background,
-            max_output_bytes: MAX_OUTPUT,
-            ..Default::default()
         };
         // The agent keeps the program's time; this limit only catches an agent that does not.
         let patience = if background {
@@ -256,12 +247,21 @@ impl Services {
             Duration::from_secs(limit.into())
         };
         let options = CallOptions::default().with_timeout(patience + self.config.timings.short_rpc);
-        let answer = client
-            .exec_with_options(request, options)
-            .await
-            .map_err(rpc::guest_error)?
-            .into_owned();
-        self.used(&sandbox).await?;
+        let call = |sandbox: SandboxId, client: Client| {
+            let request = hostagent::ExecRequest {
+                sandbox_id: sandbox.to_string(),
+                process: spec.clone().into(),
+                timeout_sec: limit,
+                background,
+                max_output_bytes: MAX_OUTPUT,
+                ..Default::default()
+            };
+            let options = options.clone();
+            async move { client.exec_with_options(request, options).await }
+        };
+        let (place, answer) = self.call_guest(principal, id, "exec in", call).await?;
+        let answer = answer.map_err(rpc::guest_error)?.into_owned();
+        self.used(place.sandbox, place.last_active_at).await?;
         let outcome = if background {
             let tag = if answer.tag.is_empty() {
                 tag.unwrap_or_default()
@@ -278,7 +278,7 @@ impl Services {
                 truncated: answer.stdout_truncated || answer.stderr_truncated,
             }
         };
-        Ok((sandbox.id, outcome))
+        Ok((place.sandbox, outcome))
     }
 
     /// Starts a program and follows it.
@@ -310,7 +310,7 @@ impl Services {
             ..Default::default()
         };
         let events = self.first_answer(client.start_process(request)).await?;
-        self.used(&sandbox).await?;
+        self.used(sandbox.id, sandbox.last_active_at).await?;
         let timeout = self.config.timings.short_rpc;
         Ok((
             ProcessStream { events },
@@ -337,7 +337,7 @@ impl Services {
             ..Default::default()
         };
         let events = self.first_answer(client.connect_process(request)).await?;
-        self.used(&sandbox).await?;
+        self.used(sandbox.id, sandbox.last_active_at).await?;
         let timeout = self.config.timings.short_rpc;
         Ok((
             ProcessStream { events },

@@ -259,16 +259,14 @@ impl Services {
             .ping_sandbox_with_options(request, self.short())
             .await
             .map_err(rpc::error)?;
-        self.used(&sandbox).await
+        self.used(sandbox.id, sandbox.last_active_at).await
     }
 
     /// Notes that a sandbox was used, at most every ten seconds.
-    pub(crate) async fn used(&self, sandbox: &Sandbox) -> Result<()> {
-        if sandbox
-            .last_active_at
-            .is_none_or(|at| now() - at >= ACTIVE_RESOLUTION)
-        {
-            self.store.sandbox_touch(sandbox.id).await?;
+    pub(crate) async fn used(&self, id: SandboxId, last_active_at: Option<Millis>) -> Result<()> {
+        if last_active_at.is_none_or(|at| now() - at >= ACTIVE_RESOLUTION) {
+            self.store.sandbox_touch(id).await?;
+            self.places.forget(id);
         }
         Ok(())
     }

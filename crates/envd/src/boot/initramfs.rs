@@ -9,6 +9,7 @@
 //! on the console instead of being pushed out by a kernel panic.
 
 use std::convert::Infallible;
+use std::ffi::CString;
 use std::fs::{self, File};
 use std::io;
 use std::os::unix::fs::PermissionsExt;
@@ -75,9 +76,11 @@ fn load_modules(dir: &Path) {
     };
     let mut modules: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     modules.sort();
+    let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     for module in modules {
+        let parameters = CString::new(parameters(&cmdline, &module)).unwrap_or_default();
         let loaded = File::open(&module)
-            .and_then(|file| rustix::system::finit_module(&file, c"", 0).map_err(io::Error::from));
+            .and_then(|file| rustix::system::finit_module(&file, &parameters, 0).map_err(io::Error::from));
         match loaded {
             Ok(()) => {}
             // Built into the kernel, or loaded already.
@@ -85,6 +88,21 @@ fn load_modules(dir: &Path) {
             Err(error) => log!("module {}: {error}", module.display()),
         }
     }
+}
+
+/// What the command line says to a module: `virtio_net.napi_tx=0` is `napi_tx=0` to `01-virtio_net.ko`. The kernel itself
+/// reads such words only for drivers that are built in.
+fn parameters(cmdline: &str, module: &Path) -> String {
+    let name = module
+        .file_stem()
+        .and_then(|name| name.to_str())
+        .unwrap_or_default();
+    let name = name.trim_start_matches(|c: char| c.is_ascii_digit() || c == '-');
+    cmdline
+        .split_ascii_whitespace()
+        .filter_map(|word| word.strip_prefix(name)?.strip_prefix('.'))
+        .collect::<Vec<_>>()
+        .join(" ")
 }
 
 fn switch_to_root() -> Result<Infallible, BootError> {
@@ -150,4 +168,20 @@ fn copy_self(target: &Path) -> io::Result<()> {
     }
     fs::copy("/proc/self/exe", target)?;
     fs::set_permissions(target, fs::Permissions::from_mode(0o700))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_module_gets_its_own_parameters() {
+        let of = |module: &str| {
+            let cmdline = "quiet virtio_net.napi_tx=0 virtio_net.csum=1 virtio_blk.queue_depth=8 virtio.x=1";
+            parameters(cmdline, Path::new(module))
+        };
+        assert_eq!(of("/modules/01-virtio_net.ko"), "napi_tx=0 csum=1");
+        assert_eq!(of("/modules/00-virtio.ko"), "x=1");
+        assert_eq!(of("/modules/02-ext4.ko"), "");
+    }
 }

@@ -16,6 +16,7 @@ use std::io;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::path::Path;
 use std::ptr;
+use std::sync::atomic::AtomicU32;
 
 use rustix::process::{Gid, Pid, Uid, WaitOptions};
 
@@ -40,8 +41,6 @@ pub(super) struct Program<'a> {
     /// All of its environment. Its `PATH` says where `cmd` is looked for.
     pub(super) env: &'a BTreeMap<&'a str, &'a str>,
     pub(super) cwd: &'a Path,
-    /// Standard input, output and error.
-    pub(super) stdio: [BorrowedFd<'a>; 3],
     /// Standard input is a terminal, which is to be the program's.
     pub(super) terminal: bool,
     /// Whom the program runs as, when that is somebody else than the agent.
@@ -49,11 +48,11 @@ pub(super) struct Program<'a> {
 }
 
 impl Program<'_> {
-    /// Starts it as the leader of its own session, so that it can be signalled as a whole.
+    /// Lays it out for the child.
     ///
     /// # Errors
-    /// No such program or working directory, no permission, or no processes or memory left; nothing is left of the attempt.
-    pub(super) fn start(self) -> io::Result<(Pid, OwnedFd)> {
+    /// A zero byte where a string would end with it.
+    pub(super) fn image(&self) -> io::Result<Image> {
         let candidates = self.candidates()?;
         let mut argv = Strings::default();
         for arg in std::iter::once(self.cmd).chain(self.args.iter().map(String::as_str)) {
@@ -63,17 +62,7 @@ impl Program<'_> {
         for (name, value) in self.env {
             env.push([name.as_bytes(), b"=", value.as_bytes()])?;
         }
-        let cwd = CString::new(self.cwd.as_os_str().as_encoded_bytes())?;
-        // Above the three, so that putting one in place cannot close another.
-        let mut copies: [Option<OwnedFd>; 3] = [None, None, None];
-        for (fd, copy) in self.stdio.iter().zip(&mut copies) {
-            if fd.as_raw_fd() <= 2 {
-                *copy = Some(rustix::io::fcntl_dupfd_cloexec(fd, 3)?);
-            }
-        }
-        let stdio: [BorrowedFd<'_>; 3] =
-            std::array::from_fn(|i| copies[i].as_ref().map_or(self.stdio[i], |copy| copy.as_fd()));
-        let credentials = self.credentials.map(|wanted| {
+        let credentials = self.credentials.as_ref().map(|wanted| {
             let groups: Vec<Gid> = wanted.groups.iter().map(|gid| Gid::from_raw(*gid)).collect();
             (Uid::from_raw(wanted.uid), Gid::from_raw(wanted.gid), groups)
         });
@@ -82,26 +71,17 @@ impl Program<'_> {
         let script = [SHELL.as_ptr(), ptr::null()]
             .into_iter()
             .chain(pointers[1..].iter().copied());
-        let plan = Plan {
+        Ok(Image {
             candidates: candidates.pointers(),
             script: script.map(Cell::new).collect(),
             argv: pointers,
             env: env.pointers(),
-            cwd: &cwd,
-            stdio,
+            cwd: CString::new(self.cwd.as_os_str().as_encoded_bytes())?,
             terminal: self.terminal,
             credentials,
-            lent: super::oom::lend(),
             failure: Cell::new(0),
-        };
-        let (pid, pidfd) = plan.run()?;
-        match plan.failure.get() {
-            0 => Ok((pid, pidfd)),
-            failure => {
-                let _ = rustix::process::waitpid(Some(pid), WaitOptions::empty());
-                Err(io::Error::from_raw_os_error(failure))
-            }
-        }
+            _strings: [candidates, argv, env],
+        })
     }
 
     /// Where the program may be, the likeliest place first.
@@ -157,60 +137,69 @@ impl Strings {
     }
 }
 
-/// All that the child reads, and the one number it writes.
-struct Plan<'a> {
+/// A program as the kernel takes it: all that the child reads to become it, and the one number it writes.
+pub(super) struct Image {
     candidates: Vec<*const c_char>,
     argv: Vec<*const c_char>,
     script: Vec<Cell<*const c_char>>,
     env: Vec<*const c_char>,
-    cwd: &'a CString,
-    stdio: [BorrowedFd<'a>; 3],
+    cwd: CString,
     terminal: bool,
     credentials: Option<(Uid, Gid, Vec<Gid>)>,
-    /// The child takes its own place before the kernel's out-of-memory killer with it, and gives the agent's back.
-    lent: Lent,
     /// Why the child did not become its program; 0 when it did.
     failure: Cell<c_int>,
+    /// What the pointers point into.
+    _strings: [Strings; 3],
 }
 
-impl Plan<'_> {
-    /// Returns when the child has become its program, or has ended.
-    fn run(&self) -> io::Result<(Pid, OwnedFd)> {
-        CHILD_STACK.with_borrow_mut(|stack| self.run_on(stack))
-    }
-
-    fn run_on(&self, stack: &mut Vec<u8>) -> io::Result<(Pid, OwnedFd)> {
-        // A handler that ran in the child would run on the agent's memory.
-        let blocked = SignalsBlocked::new();
-        let mut pidfd: c_int = -1;
-        // SAFETY: `CLONE_VFORK` keeps this thread in the call, and thus the plan and the stack alive and unwatched, until
-        // the child has left this memory by `execve` or `_exit`. The child runs `in_child` alone, which neither
-        // allocates, locks, nor unwinds. The stack's top is within its allocation, and `clone` aligns it. The kernel writes
-        // one descriptor to where the last argument points.
-        let pid = unsafe {
-            libc::clone(
-                in_child,
-                stack.as_mut_ptr().add(STACK).cast(),
-                libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD,
-                ptr::from_ref(self).cast_mut().cast(),
-                &raw mut pidfd,
-            )
+impl Image {
+    /// Starts it as the leader of its own session, so that it can be signalled as a whole. Standard input, output and error
+    /// are these.
+    ///
+    /// # Errors
+    /// No such program or working directory, no permission, or no processes or memory left; nothing is left of the attempt.
+    pub(super) fn start(&self, stdio: [BorrowedFd<'_>; 3]) -> io::Result<(Pid, OwnedFd)> {
+        // Above the three, so that putting one in place cannot close another.
+        let mut copies: [Option<OwnedFd>; 3] = [None, None, None];
+        for (fd, copy) in stdio.iter().zip(&mut copies) {
+            if fd.as_raw_fd() <= 2 {
+                *copy = Some(rustix::io::fcntl_dupfd_cloexec(fd, 3)?);
+            }
+        }
+        let plan = Plan {
+            birth: Birth {
+                stdio: std::array::from_fn(|i| copies[i].as_ref().map_or(stdio[i], |copy| copy.as_fd())),
+                lent: super::oom::lend(),
+            },
+            image: self,
         };
-        let failure = io::Error::last_os_error();
-        drop(blocked);
-        let pid = Pid::from_raw(pid).filter(|_| pid > 0).ok_or(failure)?;
+        let mut pidfd: c_int = -1;
+        // SAFETY: `become_program` is made for a plan, which is on this stack until the call returns.
+        let pid = unsafe { clone(become_program, ptr::from_ref(&plan).cast(), &raw mut pidfd, None) }?;
         // SAFETY: the kernel has just made it for this call, which succeeded.
-        Ok((pid, unsafe { OwnedFd::from_raw_fd(pidfd) }))
+        let pidfd = unsafe { OwnedFd::from_raw_fd(pidfd) };
+        self.outcome(pid)?;
+        Ok((pid, pidfd))
     }
 
-    /// In the child: everything up to the program.
-    fn become_program(&self) -> rustix::io::Result<std::convert::Infallible> {
-        // Before anything that may take its time: the agent stands unprotected until then.
-        self.lent.give_back();
-        rustix::stdio::dup2_stdin(self.stdio[0])?;
-        rustix::stdio::dup2_stdout(self.stdio[1])?;
-        rustix::stdio::dup2_stderr(self.stdio[2])?;
-        rustix::process::setsid()?;
+    /// Whether the child, which has left the agent's memory, became the program.
+    pub(super) fn outcome(&self, pid: Pid) -> io::Result<()> {
+        match self.failure.get() {
+            0 => Ok(()),
+            failure => {
+                let _ = rustix::process::waitpid(Some(pid), WaitOptions::empty());
+                Err(io::Error::from_raw_os_error(failure))
+            }
+        }
+    }
+
+    /// In the child: from its birth to the program. Returns when that is not to be had.
+    pub(super) fn take_over(&self) {
+        let Err(failure) = self.try_to_take_over();
+        self.failure.set(failure.raw_os_error());
+    }
+
+    fn try_to_take_over(&self) -> rustix::io::Result<std::convert::Infallible> {
         if self.terminal {
             rustix::process::ioctl_tiocsctty(rustix::stdio::stdin())?;
         }
@@ -258,14 +247,86 @@ impl Plan<'_> {
     }
 }
 
-/// What the child runs.
-extern "C" fn in_child(plan: *mut c_void) -> c_int {
-    // SAFETY: the pointer is the plan of `Plan::run`, which waits in `clone` as long as this runs.
+/// What a child is born with, whatever it becomes.
+pub(super) struct Birth<'a> {
+    /// Standard input, output and error, none of which is in the place of another.
+    pub(super) stdio: [BorrowedFd<'a>; 3],
+    /// The child takes its own place before the kernel's out-of-memory killer with it, and gives the agent's back.
+    pub(super) lent: Lent,
+}
+
+impl Birth<'_> {
+    /// In the child.
+    pub(super) fn settle(&self) -> rustix::io::Result<()> {
+        // Before anything that may take its time: the agent stands unprotected until then.
+        self.lent.give_back();
+        rustix::stdio::dup2_stdin(self.stdio[0])?;
+        rustix::stdio::dup2_stdout(self.stdio[1])?;
+        rustix::stdio::dup2_stderr(self.stdio[2])?;
+        close_the_rest();
+        schedule_as_usual();
+        rustix::process::setsid().map(drop)
+    }
+}
+
+struct Plan<'a> {
+    birth: Birth<'a>,
+    image: &'a Image,
+}
+
+/// What a child does that is started for a program at once.
+extern "C" fn become_program(plan: *mut c_void) -> c_int {
+    // SAFETY: the pointer is the plan of `Image::start`, which waits in `clone` as long as this runs.
     let plan = unsafe { &*plan.cast::<Plan<'_>>() };
-    let Err(failure) = plan.become_program();
-    plan.failure.set(failure.raw_os_error());
+    match plan.birth.settle() {
+        Ok(()) => plan.image.take_over(),
+        Err(failure) => plan.image.failure.set(failure.raw_os_error()),
+    }
+    exit()
+}
+
+/// Ends a child that became no program.
+pub(super) fn exit() -> ! {
     // SAFETY: ends the child without running anything of the agent's.
     unsafe { libc::_exit(127) }
+}
+
+/// Makes a child that borrows the agent's memory; returns when it has left that, by `execve` or its end.
+///
+/// `here` holds its number as long as it has not: the kernel then writes a zero and wakes one who waits for that.
+///
+/// # Safety
+/// `run` must be made for `argument`, make nothing but system calls, neither allocate, lock, nor unwind, and end in
+/// [`Image::take_over`] or [`exit`]. `pidfd` must be valid for a write during the call.
+pub(super) unsafe fn clone(
+    run: extern "C" fn(*mut c_void) -> c_int,
+    argument: *const c_void,
+    pidfd: *mut c_int,
+    here: Option<&AtomicU32>,
+) -> io::Result<Pid> {
+    // A handler that ran in the child would run on the agent's memory.
+    let _blocked = SignalsBlocked::new();
+    let flags = libc::CLONE_VM | libc::CLONE_VFORK | libc::CLONE_PIDFD | libc::SIGCHLD;
+    let (flags, here) = match here {
+        Some(here) => (
+            flags | libc::CLONE_CHILD_SETTID | libc::CLONE_CHILD_CLEARTID,
+            here.as_ptr(),
+        ),
+        None => (flags, ptr::null_mut()),
+    };
+    CHILD_STACK.with_borrow_mut(|stack| {
+        // SAFETY: `CLONE_VFORK` keeps this thread in the call, and thus the stack and whatever the caller lends alive and
+        // unwatched, until the child has left this memory. What the child runs is the caller's promise. The stack's top is
+        // within its allocation, and `clone` aligns it. The kernel writes one descriptor to `pidfd`, and the child's number
+        // to `here`.
+        let pid = unsafe {
+            let top = stack.as_mut_ptr().add(STACK).cast();
+            let no_tls = ptr::null_mut::<c_void>();
+            libc::clone(run, top, flags, argument.cast_mut(), pidfd, no_tls, here)
+        };
+        let failure = io::Error::last_os_error();
+        Pid::from_raw(pid).filter(|_| pid > 0).ok_or(failure)
+    })
 }
 
 /// Returns only with an error.
@@ -291,6 +352,20 @@ fn may_execute(program: *const c_char) -> rustix::io::Result<()> {
             _ => Err(rustix::io::Errno::from_raw_os_error(*libc::__errno_location())),
         }
     }
+}
+
+/// A child has copies of all that the agent had open. As long as one waits for its program, nobody else would see an end
+/// of those; and what the agent was itself started with is no program's business.
+fn close_the_rest() {
+    // SAFETY: a system call on the child's own table of descriptors; the child uses none of these.
+    unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
+}
+
+/// The agent's threads give way to programs ([`crate::unsafe_calls::yield_to_programs`]), and children inherit that.
+fn schedule_as_usual() {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    // SAFETY: a plain system call on parameters that live here, for the child alone.
+    unsafe { libc::sched_setscheduler(0, libc::SCHED_OTHER, &raw const parameters) };
 }
 
 /// Programs begin with no signal blocked, and with a broken pipe ending them (the agent ignores it).
@@ -346,11 +421,11 @@ mod tests {
             args: &args,
             env: &env.iter().copied().collect(),
             cwd: Path::new("/"),
-            stdio: [null.as_fd(), theirs.as_fd(), null.as_fd()],
             terminal: false,
             credentials: None,
         }
-        .start()?;
+        .image()?
+        .start([null.as_fd(), theirs.as_fd(), null.as_fd()])?;
         drop(theirs);
         let mut output = String::new();
         std::fs::File::from(ours).read_to_string(&mut output)?;

@@ -14,7 +14,8 @@
 //!   deadline of the request that started it.
 //! - The supervisor reaps the process the moment it ends. The end is announced after its output; what
 //!   grandchildren still write afterwards is waited for only as long as it keeps coming ([`pump`]).
-//! - A command whose caller wants its whole output at once has a thread instead of these tasks ([`run`]).
+//! - A command whose caller wants its whole output at once has a thread instead of these tasks ([`run`]), and becomes of a
+//!   child that was made ahead of time ([`spare`]).
 //! - An ended process leaves the table; its exit is kept for late subscribers ([`table`]).
 
 mod child;
@@ -23,6 +24,7 @@ mod pump;
 pub(crate) mod run;
 pub(crate) mod service;
 mod session;
+mod spare;
 pub(crate) mod spawn;
 pub(crate) mod stream;
 pub(crate) mod table;

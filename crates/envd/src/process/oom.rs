@@ -8,11 +8,11 @@
 
 use std::cell::Cell;
 use std::os::fd::OwnedFd;
-use std::sync::{Mutex, MutexGuard, OnceLock};
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use rustix::fs::{Mode, OFlags};
-
-use crate::state::lock;
+use rustix::thread::futex;
 
 /// Above the usual 0: what a user started goes before what keeps the guest alive.
 const CHILD: &[u8] = b"100";
@@ -24,24 +24,34 @@ struct Own {
 }
 
 static OWN: OnceLock<Option<Own>> = OnceLock::new();
-/// One start at a time, so that none sees another's value as the agent's.
-static LENT: Mutex<()> = Mutex::new(());
+/// One loan at a time, so that none sees another's value as the agent's. No mutex, for it is the child that ends a loan.
+static LENT: AtomicU32 = AtomicU32::new(FREE);
+const FREE: u32 = 0;
+const TAKEN: u32 = 1;
+/// Somebody may be waiting.
+const WANTED: u32 = 2;
 
 /// The agent's place while it has the child's. Ends with the agent in its own.
 pub(super) struct Lent {
-    /// Until it is given back.
-    own: Cell<Option<&'static Own>>,
-    _one: MutexGuard<'static, ()>,
+    own: Option<&'static Own>,
+    over: Cell<bool>,
 }
 
 /// Takes the child's place for the agent. Where the kernel does not let it, both keep the one they have.
 pub(super) fn lend() -> Lent {
-    let one = lock(&LENT);
+    if LENT
+        .compare_exchange(FREE, TAKEN, Ordering::Acquire, Ordering::Relaxed)
+        .is_err()
+    {
+        while LENT.swap(WANTED, Ordering::Acquire) != FREE {
+            // Interrupted, or free by now: looked at again.
+            let _ = futex::wait(&LENT, futex::Flags::PRIVATE, WANTED, None);
+        }
+    }
     let own = OWN.get_or_init(open).as_ref();
-    let own = own.filter(|own| rustix::io::pwrite(&own.file, CHILD, 0).is_ok());
     Lent {
-        own: Cell::new(own),
-        _one: one,
+        own: own.filter(|own| rustix::io::pwrite(&own.file, CHILD, 0).is_ok()),
+        over: Cell::new(false),
     }
 }
 
@@ -57,8 +67,14 @@ fn open() -> Option<Own> {
 impl Lent {
     /// Called by the child, which may make system calls only.
     pub(super) fn give_back(&self) {
-        if let Some(own) = self.own.take() {
+        if self.over.replace(true) {
+            return;
+        }
+        if let Some(own) = self.own {
             let _ = rustix::io::pwrite(&own.file, &own.value, 0);
+        }
+        if LENT.swap(FREE, Ordering::Release) == WANTED {
+            let _ = futex::wake(&LENT, futex::Flags::PRIVATE, 1);
         }
     }
 }

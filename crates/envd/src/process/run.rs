@@ -32,7 +32,8 @@ use wrenn_proto::run::{RunEvent, RunRequest, run_event::Refused};
 
 use super::pump::{self, CHUNK, LINGER, QUIET};
 use super::service::{Wanted, start_error, user_named};
-use super::spawn::{self, Collected, Pipes, nonblocking};
+use super::spare;
+use super::spawn::{self, Collected, nonblocking};
 use super::stream::{deadline_error, encode};
 use super::table::{Event, Exit, Source};
 use crate::http::Failure;
@@ -102,7 +103,6 @@ fn hand_over(agent: Arc<Agent>, settings: Arc<Settings>, upgraded: Upgraded) -> 
                     lost: None,
                 },
                 buffer: vec![0; CHUNK],
-                spare: None,
             };
             if let Err(error) = connection.serve() {
                 log!("a connection for runs: {error}");
@@ -119,8 +119,6 @@ struct Connection<'a, R> {
     reader: R,
     answer: Answer<'a>,
     buffer: Vec<u8>,
-    /// For the next process, made while there was time.
-    spare: Option<Pipes>,
 }
 
 impl<R: io::BufRead> Connection<'_, R> {
@@ -151,9 +149,7 @@ impl<R: io::BufRead> Connection<'_, R> {
             }
             // What follows is done while the host works on the answer.
             self.answer.events.shrink_to(2 * CHUNK);
-            if self.spare.is_none() {
-                self.spare = Pipes::new().ok();
-            }
+            spare::make();
         }
         Ok(())
     }
@@ -177,11 +173,7 @@ impl<R: io::BufRead> Connection<'_, R> {
         };
         let plan = wanted.plan(self.agent)?;
         let (cmd, cwd) = (plan.config.cmd.clone(), plan.cwd.clone());
-        let collected = self
-            .spare
-            .take()
-            .map_or_else(Pipes::new, Ok)
-            .and_then(|pipes| spawn::start_collected(&self.agent.processes, plan, pipes))
+        let collected = spawn::start_collected(&self.agent.processes, plan)
             .map_err(|error| start_error(&cmd, &cwd, &error))?;
         Ok((collected, deadline))
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::sync::{Arc, OnceLock};
 
@@ -17,8 +17,9 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 use wrenn_proto::process::ProcessConfig;
 
-use super::child::Program;
+use super::child::{Image, Program};
 use super::pump;
+use super::spare;
 use super::table::{Event, Process, ProcessTable, Source};
 use crate::logging::log;
 use crate::state::Settings;
@@ -102,7 +103,8 @@ pub(crate) fn start(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<mpsc::R
         None => pipes(plan.stdin)?,
     };
     let deadline = plan.deadline;
-    let (process, pidfd) = launch(plan, theirs.each_ref().map(|fd| fd.as_fd()), streams.input)?;
+    let (pid, pidfd) = image(&plan)?.start(theirs.each_ref().map(|fd| fd.as_fd()))?;
+    let process = Arc::new(Process::new(pid, plan.config, plan.tag, streams.input));
     // Held by the process alone from here on, so that its streams end with it.
     drop(theirs);
     let pidfd = watch_fd(pidfd).inspect_err(|_| {
@@ -132,8 +134,8 @@ pub(super) struct Collected {
 
 /// What a process without a terminal writes to: of each pipe the agent's end, then the process's.
 pub(super) struct Pipes {
-    stdout: (OwnedFd, OwnedFd),
-    stderr: (OwnedFd, OwnedFd),
+    pub(super) stdout: (OwnedFd, OwnedFd),
+    pub(super) stderr: (OwnedFd, OwnedFd),
 }
 
 impl Pipes {
@@ -146,35 +148,38 @@ impl Pipes {
 }
 
 /// Starts a process without input that nobody looks after yet.
-pub(super) fn start_collected(
-    table: &Arc<ProcessTable>,
-    plan: Plan,
-    Pipes { stdout, stderr }: Pipes,
-) -> io::Result<Collected> {
-    let stdin = no_input()?;
-    let stdio = [stdin.as_fd(), stdout.1.as_fd(), stderr.1.as_fd()];
-    let (process, pidfd) = launch(plan, stdio, Input::Closed)?;
+pub(super) fn start_collected(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<Collected> {
+    let image = image(&plan)?;
+    let (pid, pidfd, stdout, stderr) = match spare::take().map(|spare| spare.become_program(&image)) {
+        Some(Ok(Some(started))) => started,
+        Some(Err(error)) => return Err(error),
+        // None, or one that somebody ended: the usual way.
+        Some(Ok(None)) | None => {
+            let Pipes { stdout, stderr } = Pipes::new()?;
+            let (pid, pidfd) = image.start([no_input()?.as_fd(), stdout.1.as_fd(), stderr.1.as_fd()])?;
+            (pid, pidfd, stdout.0, stderr.0)
+        }
+    };
+    let process = Arc::new(Process::new(pid, plan.config, plan.tag, Input::Closed));
     table.insert(&process);
     Ok(Collected {
         process,
         pidfd,
-        stdout: stdout.0,
-        stderr: stderr.0,
+        stdout,
+        stderr,
     })
 }
 
-fn launch(plan: Plan, stdio: [BorrowedFd<'_>; 3], input: Input) -> io::Result<(Arc<Process>, OwnedFd)> {
-    let (pid, pidfd) = Program {
+fn image(plan: &Plan) -> io::Result<Image> {
+    Program {
         cmd: &plan.config.cmd,
         args: &plan.config.args,
-        env: &environment(&plan),
+        env: &environment(plan),
         cwd: &plan.cwd,
-        stdio,
         terminal: plan.terminal.is_some(),
         credentials: plan.user.credentials(),
     }
-    .start()?;
-    Ok((Arc::new(Process::new(pid, plan.config, plan.tag, input)), pidfd))
+    .image()
 }
 
 /// The agent's own search path and the user's account, then what the sandbox and the request say: later ones win.
@@ -212,7 +217,7 @@ fn search_path() -> &'static str {
 type Stdio = ([Arc<OwnedFd>; 3], Streams);
 
 /// `/dev/null`, opened once for all processes without input.
-fn no_input() -> io::Result<Arc<OwnedFd>> {
+pub(super) fn no_input() -> io::Result<Arc<OwnedFd>> {
     static NULL: OnceLock<Arc<OwnedFd>> = OnceLock::new();
     if let Some(null) = NULL.get() {
         return Ok(null.clone());

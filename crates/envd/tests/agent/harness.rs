@@ -207,7 +207,7 @@ impl Drop for Agent {
 }
 
 /// Of all threads of a process, since each has its own.
-fn children(parent: u32) -> Vec<u32> {
+pub fn children(parent: u32) -> Vec<u32> {
     let threads = std::fs::read_dir(format!("/proc/{parent}/task"));
     threads
         .into_iter()

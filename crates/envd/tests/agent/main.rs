@@ -10,4 +10,5 @@ mod init;
 mod process;
 mod process_io;
 mod run;
+mod spare;
 mod watch;

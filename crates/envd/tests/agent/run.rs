@@ -16,20 +16,21 @@ use wrenn_proto::run::{RunEvent, RunRequest};
 use crate::harness::{Agent, PATIENCE, by_pid, current_user, is_alive, until};
 
 /// A connection for runs.
-struct Runs(TcpStream);
+pub struct Runs(TcpStream);
 
+/// What came of a run.
 #[derive(Debug, Default)]
-struct Run {
-    pid: u64,
-    stdout: Vec<u8>,
-    stderr: Vec<u8>,
-    exit_code: Option<i32>,
-    status: String,
-    refused: Option<(String, String)>,
+pub struct Run {
+    pub pid: u64,
+    pub stdout: Vec<u8>,
+    pub stderr: Vec<u8>,
+    pub exit_code: Option<i32>,
+    pub status: String,
+    pub refused: Option<(String, String)>,
 }
 
 impl Runs {
-    async fn open(agent: &Agent) -> Self {
+    pub async fn open(agent: &Agent) -> Self {
         let (status, runs) = Self::ask(agent, agent.token.as_deref()).await;
         assert!(status.contains(" 101 "), "{status}");
         runs
@@ -54,7 +55,7 @@ impl Runs {
         (answer.lines().next().unwrap_or_default().to_owned(), Self(stream))
     }
 
-    fn send(&mut self, request: &RunRequest) {
+    pub fn send(&mut self, request: &RunRequest) {
         let message = request.encode_to_vec();
         let length = u32::try_from(message.len()).expect("short").to_le_bytes();
         self.0.write_all(&[&length[..], &message].concat()).expect("sent");
@@ -91,13 +92,13 @@ impl Runs {
         }
     }
 
-    fn finish(&mut self) -> Run {
+    pub fn finish(&mut self) -> Run {
         let mut run = Run::default();
         self.read_until(&mut run, |_| false);
         run
     }
 
-    fn run(&mut self, request: &RunRequest) -> Run {
+    pub fn run(&mut self, request: &RunRequest) -> Run {
         self.send(request);
         self.finish()
     }
@@ -107,7 +108,8 @@ impl Runs {
     }
 }
 
-fn shell(script: &str) -> RunRequest {
+/// A request for a shell command.
+pub fn shell(script: &str) -> RunRequest {
     RunRequest {
         process: ProcessConfig {
             cmd: "sh".to_owned(),
@@ -268,21 +270,21 @@ async fn a_child_that_holds_the_output_open_is_not_waited_for_and_lives() {
     let agent = Agent::start().await;
     let mut runs = Runs::open(&agent).await;
     let script =
-        "mkfifo fifo; (read line < fifo; echo much; echo more; touch done; read line < fifo) & echo $!";
+        "mkfifo go end; (read line < go; echo much; echo more; touch done; read line < end) & echo $!";
     let run = runs.run(&shell(script));
     assert_eq!(run.exit_code, Some(0));
     let child: u64 = String::from_utf8_lossy(&run.stdout)
         .trim()
         .parse()
         .expect("a pid");
-    std::fs::write(agent.path("fifo"), "go\n").expect("written");
+    std::fs::write(agent.path("go"), "go\n").expect("written");
     // A closed pipe would have ended it at its first word.
     until("it has written", async || {
         agent.path("done").exists().then_some(())
     })
     .await;
     assert!(is_alive(child));
-    std::fs::write(agent.path("fifo"), "end\n").expect("written");
+    std::fs::write(agent.path("end"), "end\n").expect("written");
     until("it is gone", async || (!is_alive(child)).then_some(())).await;
 }
 

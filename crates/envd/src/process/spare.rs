@@ -1,0 +1,291 @@
+//! A child that was made ahead of time and waits for the program that it is to become.
+//!
+//! In an emulated guest making a process is a sixth of what a short command takes, and nobody has to know the command
+//! for it. So a thread keeps one child: it has the pipes for its output in place and everything else of the agent's
+//! closed, and waits, in the agent's memory, for an order. Whoever is quick enough takes it, everybody else makes a child
+//! of their own.
+//!
+//! Making it with `CLONE_VFORK` (the thread stands in that call until the child has gone its way) is what keeps the two
+//! apart before the kernel's out-of-memory killer: it gives processes that merely share their memory one place together.
+#![expect(
+    unsafe_code,
+    reason = "the child shares the agent's memory until it becomes its program"
+)]
+
+use std::ffi::{c_int, c_void};
+use std::io;
+use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
+use std::ptr;
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, Once, PoisonError};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, Signal, WaitOptions};
+use rustix::thread::futex;
+
+use super::child::{self, Birth, Image};
+use super::oom;
+use super::spawn::{Pipes, no_input};
+use crate::logging::log;
+use crate::state::lock;
+use crate::unsafe_calls::yield_to_programs;
+
+/// So long a program's first sign of life is waited for before it is listed; most give one sooner.
+const SOON: Timespec = Timespec {
+    tv_sec: 0,
+    tv_nsec: 10_000_000,
+};
+/// Stack of the thread that keeps the child; the child has its own.
+const STACK: usize = 64 * 1024;
+
+/// A started program: its number, what tells of its end, and the agent's ends of its output and its errors.
+pub(super) type Started = (Pid, OwnedFd, OwnedFd, OwnedFd);
+
+/// The spare child, for whoever takes it first.
+pub(super) struct Spare {
+    child: Arc<Child>,
+    pipes: Pipes,
+}
+
+/// What the child, the thread that made it, and who takes it share.
+struct Child {
+    /// The agent, without which it has no business.
+    agent: Pid,
+    /// Tells of its end; -1 before it is there and after it was taken.
+    pidfd: AtomicI32,
+    /// Its number while it is in the agent's memory; the kernel sees to that.
+    here: AtomicU32,
+    /// How far it is.
+    state: AtomicU32,
+    order: AtomicPtr<Image>,
+    obeyed: AtomicBool,
+}
+
+/// States of a child: it is being made, …
+const MAKING: u32 = 0;
+/// … waits for an order, …
+const WAITING: u32 = 1;
+/// … has one, …
+const CALLED: u32 = 2;
+/// … or never came so far.
+const LOST: u32 = 3;
+
+#[derive(Default)]
+struct Keeping {
+    wanted: bool,
+    spare: Option<Spare>,
+}
+
+static KEEPING: Mutex<Keeping> = Mutex::new(Keeping {
+    wanted: false,
+    spare: None,
+});
+static WANTED: Condvar = Condvar::new();
+
+/// The spare child, if there is one, or soon will be.
+pub(super) fn take() -> Option<Spare> {
+    lock(&KEEPING).spare.take()
+}
+
+/// Sees to it that there is one for the next who asks. Returns at once.
+pub(super) fn make() {
+    static KEEPER: Once = Once::new();
+    KEEPER.call_once(|| {
+        let keeper = std::thread::Builder::new().name("spare".to_owned());
+        if let Err(error) = keeper.stack_size(STACK).spawn(keep) {
+            log!("no children are made ahead: {error}");
+        }
+    });
+    let mut keeping = lock(&KEEPING);
+    if keeping.spare.is_none() && !keeping.wanted {
+        keeping.wanted = true;
+        WANTED.notify_one();
+    }
+}
+
+fn keep() {
+    loop {
+        let mut keeping = WANTED
+            .wait_while(lock(&KEEPING), |keeping| !keeping.wanted)
+            .unwrap_or_else(PoisonError::into_inner);
+        keeping.wanted = false;
+        drop(keeping);
+        if let Err(error) = keep_one() {
+            log!("no child is made ahead: {error}");
+        }
+    }
+}
+
+/// Makes a child; returns when it has become a program, or ended.
+fn keep_one() -> io::Result<()> {
+    yield_to_programs()?;
+    let (stdin, pipes) = (no_input()?, Pipes::new()?);
+    let theirs = [&*stdin, &pipes.stdout.1, &pipes.stderr.1].map(|fd| fd.as_raw_fd());
+    let child = Arc::new(Child {
+        agent: rustix::process::getpid(),
+        pidfd: AtomicI32::new(-1),
+        here: AtomicU32::new(0),
+        state: AtomicU32::new(MAKING),
+        order: AtomicPtr::new(ptr::null_mut()),
+        obeyed: AtomicBool::new(false),
+    });
+    lock(&KEEPING).spare = Some(Spare {
+        child: child.clone(),
+        pipes,
+    });
+    let life = Life {
+        child: &child,
+        keeper: rustix::thread::gettid(),
+        birth: Birth {
+            // SAFETY: they are open as long as the child is in the making: whoever takes it waits for the end of that.
+            stdio: theirs.map(|fd| unsafe { BorrowedFd::borrow_raw(fd) }),
+            lent: oom::lend(),
+        },
+    };
+    let (pidfd, here) = (child.pidfd.as_ptr(), Some(&child.here));
+    // SAFETY: `live` is made for a life, which is on this stack until the call returns; the descriptor goes to an integer.
+    let made = unsafe { child::clone(live, ptr::from_ref(&life).cast(), pidfd, here) };
+    if let Err(error) = yield_to_programs() {
+        log!("scheduling: {error}");
+    }
+    child.pass(MAKING, LOST);
+    lock(&KEEPING)
+        .spare
+        .take_if(|spare| Arc::ptr_eq(&spare.child, &child));
+    // It failed, or somebody ended it.
+    if let Ok(pid) = &made
+        && !child.obeyed.load(Ordering::Acquire)
+    {
+        let _ = rustix::process::waitpid(Some(*pid), WaitOptions::empty());
+        drop(child.pidfd());
+    }
+    made.map(drop)
+}
+
+impl Spare {
+    /// Makes it this program. `None` when it ended before.
+    ///
+    /// # Errors
+    /// As of [`Image::start`].
+    pub(super) fn become_program(self, image: &Image) -> io::Result<Option<Started>> {
+        let Self { child, pipes } = self;
+        if !child.is_there() {
+            return Ok(None);
+        }
+        let (Some(pid), Some(pidfd)) = (child.number(), child.pidfd()) else {
+            return Ok(None);
+        };
+        if !child.obey(image, [&pipes.stdout.0, &pipes.stderr.0, &pidfd]) {
+            return Ok(None);
+        }
+        image.outcome(pid)?;
+        Ok(Some((pid, pidfd, pipes.stdout.0, pipes.stderr.0)))
+    }
+}
+
+impl Child {
+    /// Its number, while it is there.
+    fn number(&self) -> Option<Pid> {
+        i32::try_from(self.here.load(Ordering::Acquire))
+            .ok()
+            .and_then(Pid::from_raw)
+    }
+
+    /// Moves it on, if it is that far; who waits for that is told.
+    fn pass(&self, from: u32, to: u32) {
+        let passed = self
+            .state
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
+        if passed.is_ok() {
+            let _ = futex::wake(&self.state, futex::Flags::PRIVATE, 1);
+        }
+    }
+
+    /// Waits until it is past that; returns how far it is.
+    fn wait_past(&self, state: u32) -> u32 {
+        loop {
+            match self.state.load(Ordering::Acquire) {
+                now if now == state => {}
+                now => return now,
+            }
+            // Woken or interrupted, it is looked at again.
+            let _ = futex::wait(&self.state, futex::Flags::PRIVATE, state, None);
+        }
+    }
+
+    /// Waits for one that is still in the making.
+    fn is_there(&self) -> bool {
+        self.wait_past(MAKING) == WAITING
+    }
+
+    /// What tells of its end, for the first who asks.
+    fn pidfd(&self) -> Option<OwnedFd> {
+        let fd = self.pidfd.swap(-1, Ordering::AcqRel);
+        // SAFETY: the kernel made it for this child, and nobody else has it.
+        (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
+    }
+
+    /// Gives the order, and waits until the child has left the agent's memory. False if it had done so before.
+    fn obey(&self, image: &Image, signs: [&OwnedFd; 3]) -> bool {
+        self.order
+            .store(ptr::from_ref(image).cast_mut(), Ordering::Release);
+        self.pass(WAITING, CALLED);
+        // To be woken twice is much of what a start costs: the program's first sign of life is what its caller will wait for
+        // next, and soon comes from most.
+        let mut signs = signs.map(|fd| PollFd::new(fd, PollFlags::IN));
+        let _ = poll(&mut signs, Some(&SOON));
+        loop {
+            match self.here.load(Ordering::Acquire) {
+                0 => return self.obeyed.load(Ordering::Acquire),
+                // The kernel's wake is for waiters of any process. Woken or interrupted, it is looked at again.
+                number => drop(futex::wait(&self.here, futex::Flags::empty(), number, None)),
+            }
+        }
+    }
+}
+
+/// All that the child reads.
+struct Life<'a> {
+    child: &'a Child,
+    /// The thread that stands in `clone` for it.
+    keeper: Pid,
+    birth: Birth<'a>,
+}
+
+impl Life<'_> {
+    /// In the child: until there is an order. `None` when it has no business any more.
+    fn await_order(&self) -> Option<*const Image> {
+        self.birth.settle().ok()?;
+        // Nobody else would end it after the agent, which may be gone already.
+        rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).ok()?;
+        if rustix::process::getppid() != Some(self.child.agent) {
+            return None;
+        }
+        // When this has become a program, its keeper has to be woken, but not at that program's cost.
+        rest(self.keeper);
+        self.child.pass(MAKING, WAITING);
+        self.child.wait_past(WAITING);
+        rustix::process::set_parent_process_death_signal(None).ok()?;
+        self.child.obeyed.store(true, Ordering::Release);
+        Some(self.child.order.load(Ordering::Acquire))
+    }
+}
+
+/// Lets a thread have only what nobody else wants of a processor, until it says otherwise itself.
+fn rest(thread: Pid) {
+    let parameters = libc::sched_param { sched_priority: 0 };
+    let thread = thread.as_raw_nonzero().get();
+    // SAFETY: a plain system call on parameters that live here.
+    unsafe { libc::sched_setscheduler(thread, libc::SCHED_IDLE, &raw const parameters) };
+}
+
+/// What the child does.
+extern "C" fn live(life: *mut c_void) -> c_int {
+    // SAFETY: the pointer is the life of `keep_one`, which waits in `clone` as long as this runs.
+    let life = unsafe { &*life.cast::<Life<'_>>() };
+    if let Some(image) = life.await_order() {
+        // SAFETY: who gave the order waits, and keeps the image, until this has left the memory that it is in.
+        unsafe { &*image }.take_over();
+    }
+    child::exit()
+}
