@@ -4,6 +4,7 @@
 //! changed. The host has the last word on whether a sandbox runs there: who is sent away with a place that was remembered
 //! looks it up and asks again.
 
+use std::collections::HashSet;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
@@ -43,13 +44,19 @@ impl Places {
     /// What is known after all that has been heard by now.
     fn lock(&self) -> MutexGuard<'_, Known> {
         let mut known = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut changed, mut lost) = (HashSet::new(), false);
         while let Some(heard) = known.changes.heard_already() {
             match heard {
-                Ok(Event::Sandbox(id)) => known.places.forget(|(_, other), _| *other == id),
+                Ok(Event::Sandbox(id)) => drop(changed.insert(id)),
                 Ok(_) => {}
                 // Too many to have been kept.
-                Err(_) => known.places.forget(|_, _| true),
+                Err(_) => lost = true,
             }
+        }
+        if lost || !changed.is_empty() {
+            known
+                .places
+                .forget(|(_, sandbox), _| lost || changed.contains(sandbox));
         }
         known
     }

@@ -7,6 +7,7 @@
 //!
 //! Making it with `CLONE_VFORK` (the thread stands in that call until the child has gone its way) is what keeps the two
 //! apart before the kernel's out-of-memory killer: it gives processes that merely share their memory one place together.
+//! A thread that stands there counts in the guest's load, so a child that nobody wants for a while leaves.
 #![expect(
     unsafe_code,
     reason = "the child shares the agent's memory until it becomes its program"
@@ -16,11 +17,12 @@ use std::ffi::{c_int, c_void};
 use std::io;
 use std::os::fd::{AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, AtomicI32, AtomicPtr, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicPtr, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, Once, PoisonError};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, Signal, WaitOptions};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitOptions, pidfd_send_signal};
 use rustix::thread::futex;
 
 use super::child::{self, Birth, Image};
@@ -34,6 +36,16 @@ use crate::unsafe_calls::yield_to_programs;
 const SOON: Timespec = Timespec {
     tv_sec: 0,
     tv_nsec: 10_000_000,
+};
+/// So long a child is waited for that somebody has stopped.
+const STOPPED: Timespec = Timespec {
+    tv_sec: 1,
+    tv_nsec: 0,
+};
+/// So long a child waits for an order.
+const PATIENCE: Timespec = Timespec {
+    tv_sec: 2,
+    tv_nsec: 0,
 };
 /// Stack of the thread that keeps the child; the child has its own.
 const STACK: usize = 64 * 1024;
@@ -49,8 +61,6 @@ pub(super) struct Spare {
 
 /// What the child, the thread that made it, and who takes it share.
 struct Child {
-    /// The agent, without which it has no business.
-    agent: Pid,
     /// Tells of its end; -1 before it is there and after it was taken.
     pidfd: AtomicI32,
     /// Its number while it is in the agent's memory; the kernel sees to that.
@@ -58,7 +68,6 @@ struct Child {
     /// How far it is.
     state: AtomicU32,
     order: AtomicPtr<Image>,
-    obeyed: AtomicBool,
 }
 
 /// States of a child: it is being made, …
@@ -67,8 +76,10 @@ const MAKING: u32 = 0;
 const WAITING: u32 = 1;
 /// … has one, …
 const CALLED: u32 = 2;
-/// … or never came so far.
-const LOST: u32 = 3;
+/// … obeys it, …
+const OBEYING: u32 = 3;
+/// … or does not any more.
+const LOST: u32 = 4;
 
 #[derive(Default)]
 struct Keeping {
@@ -104,6 +115,7 @@ pub(super) fn make() {
 }
 
 fn keep() {
+    work();
     loop {
         let mut keeping = WANTED
             .wait_while(lock(&KEEPING), |keeping| !keeping.wanted)
@@ -116,18 +128,22 @@ fn keep() {
     }
 }
 
+/// Ends [`rest`].
+fn work() {
+    if let Err(error) = yield_to_programs() {
+        log!("scheduling: {error}");
+    }
+}
+
 /// Makes a child; returns when it has become a program, or ended.
 fn keep_one() -> io::Result<()> {
-    yield_to_programs()?;
     let (stdin, pipes) = (no_input()?, Pipes::new()?);
     let theirs = [&*stdin, &pipes.stdout.1, &pipes.stderr.1].map(|fd| fd.as_raw_fd());
     let child = Arc::new(Child {
-        agent: rustix::process::getpid(),
         pidfd: AtomicI32::new(-1),
         here: AtomicU32::new(0),
         state: AtomicU32::new(MAKING),
         order: AtomicPtr::new(ptr::null_mut()),
-        obeyed: AtomicBool::new(false),
     });
     lock(&KEEPING).spare = Some(Spare {
         child: child.clone(),
@@ -135,7 +151,8 @@ fn keep_one() -> io::Result<()> {
     });
     let life = Life {
         child: &child,
-        keeper: rustix::thread::gettid(),
+        // Nobody else is let work again.
+        keeper: rustix::process::geteuid().is_root().then(rustix::thread::gettid),
         birth: Birth {
             // SAFETY: they are open as long as the child is in the making: whoever takes it waits for the end of that.
             stdio: theirs.map(|fd| unsafe { BorrowedFd::borrow_raw(fd) }),
@@ -145,16 +162,14 @@ fn keep_one() -> io::Result<()> {
     let (pidfd, here) = (child.pidfd.as_ptr(), Some(&child.here));
     // SAFETY: `live` is made for a life, which is on this stack until the call returns; the descriptor goes to an integer.
     let made = unsafe { child::clone(live, ptr::from_ref(&life).cast(), pidfd, here) };
-    if let Err(error) = yield_to_programs() {
-        log!("scheduling: {error}");
-    }
+    work();
     child.pass(MAKING, LOST);
     lock(&KEEPING)
         .spare
         .take_if(|spare| Arc::ptr_eq(&spare.child, &child));
-    // It failed, or somebody ended it.
+    // It failed, nobody wanted it, or somebody ended it.
     if let Ok(pid) = &made
-        && !child.obeyed.load(Ordering::Acquire)
+        && child.state.load(Ordering::Acquire) != OBEYING
     {
         let _ = rustix::process::waitpid(Some(*pid), WaitOptions::empty());
         drop(child.pidfd());
@@ -168,14 +183,20 @@ impl Spare {
     /// # Errors
     /// As of [`Image::start`].
     pub(super) fn become_program(self, image: &Image) -> io::Result<Option<Started>> {
-        let Self { child, pipes } = self;
-        if !child.is_there() {
-            return Ok(None);
+        match self.child.wait_past(MAKING, Some(&STOPPED)) {
+            WAITING => {}
+            MAKING => {
+                // Its pipes are still to be put in place.
+                lock(&KEEPING).spare = Some(self);
+                return Ok(None);
+            }
+            _ => return Ok(None),
         }
+        let Self { child, pipes } = self;
         let (Some(pid), Some(pidfd)) = (child.number(), child.pidfd()) else {
             return Ok(None);
         };
-        if !child.obey(image, [&pipes.stdout.0, &pipes.stderr.0, &pidfd]) {
+        if !child.obey(image, [&pipes.stdout.0, &pipes.stderr.0], &pidfd) {
             return Ok(None);
         }
         image.outcome(pid)?;
@@ -192,30 +213,34 @@ impl Child {
     }
 
     /// Moves it on, if it is that far; who waits for that is told.
-    fn pass(&self, from: u32, to: u32) {
-        let passed = self
-            .state
-            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire);
-        if passed.is_ok() {
+    fn pass(&self, from: u32, to: u32) -> bool {
+        let passed = self.claim(from, to);
+        if passed {
             let _ = futex::wake(&self.state, futex::Flags::PRIVATE, 1);
         }
+        passed
     }
 
-    /// Waits until it is past that; returns how far it is.
-    fn wait_past(&self, state: u32) -> u32 {
+    /// The same without telling.
+    fn claim(&self, from: u32, to: u32) -> bool {
+        self.state
+            .compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire)
+            .is_ok()
+    }
+
+    /// Waits until it is past that, or for so long; returns how far it is.
+    fn wait_past(&self, state: u32, limit: Option<&Timespec>) -> u32 {
         loop {
             match self.state.load(Ordering::Acquire) {
                 now if now == state => {}
                 now => return now,
             }
             // Woken or interrupted, it is looked at again.
-            let _ = futex::wait(&self.state, futex::Flags::PRIVATE, state, None);
+            let waited = futex::wait(&self.state, futex::Flags::PRIVATE, state, limit);
+            if waited == Err(Errno::TIMEDOUT) {
+                return self.state.load(Ordering::Acquire);
+            }
         }
-    }
-
-    /// Waits for one that is still in the making.
-    fn is_there(&self) -> bool {
-        self.wait_past(MAKING) == WAITING
     }
 
     /// What tells of its end, for the first who asks.
@@ -225,22 +250,26 @@ impl Child {
         (fd >= 0).then(|| unsafe { OwnedFd::from_raw_fd(fd) })
     }
 
-    /// Gives the order, and waits until the child has left the agent's memory. False if it had done so before.
-    fn obey(&self, image: &Image, signs: [&OwnedFd; 3]) -> bool {
+    /// Gives the order, and waits until the child has left the agent's memory with it. False if it does not obey.
+    fn obey(&self, image: &Image, outputs: [&OwnedFd; 2], pidfd: &OwnedFd) -> bool {
         self.order
             .store(ptr::from_ref(image).cast_mut(), Ordering::Release);
-        self.pass(WAITING, CALLED);
+        if !self.pass(WAITING, CALLED) {
+            return false;
+        }
         // To be woken twice is much of what a start costs: the program's first sign of life is what its caller will wait for
         // next, and soon comes from most.
-        let mut signs = signs.map(|fd| PollFd::new(fd, PollFlags::IN));
+        let mut signs = [outputs[0], outputs[1], pidfd].map(|fd| PollFd::new(fd, PollFlags::IN));
         let _ = poll(&mut signs, Some(&SOON));
-        loop {
-            match self.here.load(Ordering::Acquire) {
-                0 => return self.obeyed.load(Ordering::Acquire),
-                // The kernel's wake is for waiters of any process. Woken or interrupted, it is looked at again.
-                number => drop(futex::wait(&self.here, futex::Flags::empty(), number, None)),
+        while let number @ 1.. = self.here.load(Ordering::Acquire) {
+            // The kernel's wake is for waiters of any process. Woken or interrupted, it is looked at again.
+            let waited = futex::wait(&self.here, futex::Flags::empty(), number, Some(&STOPPED));
+            if waited == Err(Errno::TIMEDOUT) && self.claim(CALLED, LOST) {
+                let _ = pidfd_send_signal(pidfd, Signal::KILL);
+                return false;
             }
         }
+        self.state.load(Ordering::Acquire) == OBEYING
     }
 }
 
@@ -248,26 +277,36 @@ impl Child {
 struct Life<'a> {
     child: &'a Child,
     /// The thread that stands in `clone` for it.
-    keeper: Pid,
+    keeper: Option<Pid>,
     birth: Birth<'a>,
 }
 
 impl Life<'_> {
-    /// In the child: until there is an order. `None` when it has no business any more.
+    /// In the child: until there is an order. `None` when nobody gives one.
     fn await_order(&self) -> Option<*const Image> {
         self.birth.settle().ok()?;
-        // Nobody else would end it after the agent, which may be gone already.
-        rustix::process::set_parent_process_death_signal(Some(Signal::KILL)).ok()?;
-        if rustix::process::getppid() != Some(self.child.agent) {
+        // When this has become a program, its keeper has to be woken, but not at that program's cost.
+        if let Some(keeper) = self.keeper {
+            rest(keeper);
+        }
+        self.child.pass(MAKING, WAITING);
+        self.child.wait_past(WAITING, Some(&PATIENCE));
+        // A signal that came meanwhile would end the program.
+        let obeys = !self.child.claim(WAITING, LOST) && !signals_wait() && self.child.claim(CALLED, OBEYING);
+        if !obeys {
             return None;
         }
-        // When this has become a program, its keeper has to be woken, but not at that program's cost.
-        rest(self.keeper);
-        self.child.pass(MAKING, WAITING);
-        self.child.wait_past(WAITING);
-        rustix::process::set_parent_process_death_signal(None).ok()?;
-        self.child.obeyed.store(true, Ordering::Release);
         Some(self.child.order.load(Ordering::Acquire))
+    }
+}
+
+/// Whether there are signals for the child, which has all of them blocked.
+fn signals_wait() -> bool {
+    // SAFETY: plain calls on a set that lives here; all-zero is a valid set.
+    unsafe {
+        let mut waiting = std::mem::zeroed();
+        libc::sigpending(&raw mut waiting);
+        (1..=libc::SIGRTMAX()).any(|signal| libc::sigismember(&raw const waiting, signal) == 1)
     }
 }
 

@@ -50,21 +50,40 @@ async fn it_becomes_the_next_program_as_if_it_were_made_for_that() {
     assert!(usual.contains("\nleads its session\n100\n"), "{usual}");
     // Priority, niceness and policy: what programs have anywhere.
     assert!(usual.contains("\n20 0 0 0\n"), "{usual}");
-    for _ in 0..3 {
+    // It may have left just before, but not time and again.
+    let mut became = 0;
+    for _ in 0..50 {
         let child = spare(&agent).await;
         let run = runs.run(&shell(LOOK));
-        assert_eq!(run.pid, u64::from(child));
         assert_eq!(text(&run), usual);
+        became += u32::from(run.pid == u64::from(child));
+        if became == 3 {
+            break;
+        }
     }
+    assert_eq!(became, 3);
     // Whoever is first takes it, the others make their own.
-    let child = spare(&agent).await;
+    spare(&agent).await;
     let mut other = Runs::open(&agent).await;
-    runs.send(&shell("read nothing < /dev/null; exec sleep 0.2"));
+    runs.send(&shell("exec sleep 0.2"));
     let second = other.run(&shell("exit 3"));
     let first = runs.finish();
     assert_eq!((first.exit_code, second.exit_code), (Some(0), Some(3)));
-    assert!([first.pid, second.pid].contains(&u64::from(child)));
     assert_ne!(first.pid, second.pid);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn it_leaves_when_nobody_wants_it() {
+    let agent = Agent::start().await;
+    let mut runs = Runs::open(&agent).await;
+    runs.run(&shell("true"));
+    spare(&agent).await;
+    until("it has left", async || {
+        children(agent.pid()).is_empty().then_some(())
+    })
+    .await;
+    assert_eq!(runs.run(&shell("exit 3")).exit_code, Some(3));
+    spare(&agent).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -88,14 +107,15 @@ async fn what_cannot_be_started_leaves_neither_it_nor_its_remains() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn one_that_somebody_killed_is_not_missed() {
+async fn one_that_somebody_killed_or_stopped_is_not_missed() {
     let agent = Agent::start().await;
     let mut runs = Runs::open(&agent).await;
     runs.run(&shell("true"));
-    for _ in 0..3 {
+    for signal in [Signal::KILL, Signal::TERM, Signal::STOP] {
         let child = spare(&agent).await;
         let pid = Pid::from_raw(i32::try_from(child).expect("a pid")).expect("a pid");
-        kill_process(pid, Signal::KILL).expect("killed");
+        // It may have left just before.
+        let _ = kill_process(pid, signal);
         // At once, and once it was reaped.
         assert_eq!(runs.run(&shell("exit 5")).exit_code, Some(5));
         until("it was reaped", async || {
