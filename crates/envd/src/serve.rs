@@ -72,9 +72,7 @@ pub(crate) fn run(options: Options) -> ExitCode {
     if rustix::process::geteuid().is_root() {
         let _ = rustix::thread::set_thread_groups(&[rustix::process::Gid::ROOT]);
     }
-    if let Err(error) = yield_to_programs() {
-        log!("scheduling: {error}");
-    }
+    yield_to_programs();
     // One thread: the agent waits far more than it computes, and it sits in the memory of every guest.
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()

@@ -10,7 +10,10 @@ use std::io;
 use std::os::fd::OwnedFd;
 
 use rustix::ioctl;
+use rustix::process::Pid;
 use tokio::io::unix::AsyncFd;
+
+use crate::logging::log;
 
 /// Registers a descriptor with the runtime, to be told when it can be read or written.
 pub(crate) fn watch_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
@@ -18,15 +21,35 @@ pub(crate) fn watch_fd(fd: OwnedFd) -> io::Result<AsyncFd<OwnedFd>> {
     unsafe { AsyncFd::register(fd) }.map_err(io::Error::from)
 }
 
-/// Lets running programs finish what they are at before this process takes their processor, for output that they
-/// write bit by bit would otherwise cost two switches a piece. An idle processor is taken at once, a busy one with
-/// the next tick. What this thread starts inherits it.
-pub(crate) fn yield_to_programs() -> io::Result<()> {
+/// What a thread gets of a processor that others want too.
+#[derive(Debug, Clone, Copy)]
+#[repr(i32)]
+pub(crate) enum Share {
+    /// What programs have.
+    Usual = libc::SCHED_OTHER,
+    /// An idle processor is taken at once, a busy one with the next tick.
+    AfterOthers = libc::SCHED_BATCH,
+    /// What nobody else wants.
+    Rest = libc::SCHED_IDLE,
+}
+
+/// Sets the share of a thread, of this one when none is named. What that thread starts inherits it. A child that shares the
+/// agent's memory may call this.
+pub(crate) fn schedule(thread: Option<Pid>, share: Share) -> io::Result<()> {
     let parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: the call reads the parameters, which live here, and changes this thread's scheduling only.
-    match unsafe { libc::sched_setscheduler(0, libc::SCHED_BATCH, &raw const parameters) } {
+    let thread = thread.map_or(0, |thread| thread.as_raw_nonzero().get());
+    // SAFETY: the call reads the parameters, which live here, and changes a thread's scheduling only.
+    match unsafe { libc::sched_setscheduler(thread, share as libc::c_int, &raw const parameters) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Lets running programs finish what they are at before this thread takes their processor, for output that they
+/// write bit by bit would otherwise cost two switches a piece.
+pub(crate) fn yield_to_programs() {
+    if let Err(error) = schedule(None, Share::AfterOthers) {
+        log!("scheduling: {error}");
     }
 }
 

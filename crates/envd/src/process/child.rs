@@ -2,8 +2,8 @@
 //!
 //! `fork` copies the agent's page tables, and afterwards every page that either side touches: in an emulated guest
 //! half of what a start costs. So the child borrows the agent's memory until it has become its program, as in the C
-//! library's `posix_spawn`, which itself can neither change users nor give a terminal away. The agent stands still
-//! meanwhile, and the child makes nothing but system calls on memory that was prepared before.
+//! library's `posix_spawn`, which itself can neither change users nor give a terminal away. The thread that made the child
+//! stands still meanwhile, and the child makes nothing but system calls on memory that was prepared before.
 #![expect(
     unsafe_code,
     reason = "the child shares the agent's memory until it becomes its program"
@@ -21,6 +21,7 @@ use std::sync::atomic::AtomicU32;
 use rustix::process::{Gid, Pid, Uid, WaitOptions};
 
 use super::oom::Lent;
+use crate::unsafe_calls::{Share, schedule};
 use crate::users::Credentials;
 
 /// The child's own stack. What it runs needs a fraction of that.
@@ -264,7 +265,8 @@ impl Birth<'_> {
         rustix::stdio::dup2_stdout(self.stdio[1])?;
         rustix::stdio::dup2_stderr(self.stdio[2])?;
         close_the_rest();
-        schedule_as_usual();
+        // The agent's threads give way to programs, and children inherit that.
+        let _ = schedule(None, Share::Usual);
         rustix::process::setsid().map(drop)
     }
 }
@@ -335,8 +337,8 @@ fn execve(
     argv: *const *const c_char,
     env: *const *const c_char,
 ) -> rustix::io::Errno {
-    // SAFETY: a string and two null-ended arrays of strings, all of which live in the waiting agent. The C library's
-    // error number is the agent's, which does not use it while it waits.
+    // SAFETY: a string and two null-ended arrays of strings, all of which whoever starts the program keeps. The C
+    // library's error number is that of the thread that made the child, which does not use it while it waits.
     unsafe {
         libc::execve(program, argv, env);
         rustix::io::Errno::from_raw_os_error(*libc::__errno_location())
@@ -345,7 +347,7 @@ fn execve(
 
 /// Whether there is a file that the child may run, as whom it runs by now.
 fn may_execute(program: *const c_char) -> rustix::io::Result<()> {
-    // SAFETY: a string that lives in the waiting agent, whose error number is free while it waits.
+    // SAFETY: as in `execve`.
     unsafe {
         match libc::access(program, libc::X_OK) {
             0 => Ok(()),
@@ -359,13 +361,6 @@ fn may_execute(program: *const c_char) -> rustix::io::Result<()> {
 fn close_the_rest() {
     // SAFETY: a system call on the child's own table of descriptors; the child uses none of these.
     unsafe { libc::close_range(3, libc::c_uint::MAX, 0) };
-}
-
-/// The agent's threads give way to programs ([`crate::unsafe_calls::yield_to_programs`]), and children inherit that.
-fn schedule_as_usual() {
-    let parameters = libc::sched_param { sched_priority: 0 };
-    // SAFETY: a plain system call on parameters that live here, for the child alone.
-    unsafe { libc::sched_setscheduler(0, libc::SCHED_OTHER, &raw const parameters) };
 }
 
 /// Programs begin with no signal blocked, and with a broken pipe ending them (the agent ignores it).

@@ -89,9 +89,7 @@ fn hand_over(agent: Arc<Agent>, settings: Arc<Settings>, upgraded: Upgraded) -> 
         .name("run".to_owned())
         .stack_size(STACK)
         .spawn(move || {
-            if let Err(error) = yield_to_programs() {
-                log!("scheduling: {error}");
-            }
+            yield_to_programs();
             let mut connection = Connection {
                 agent: &agent,
                 runtime: &runtime,

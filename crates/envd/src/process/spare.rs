@@ -30,7 +30,7 @@ use super::oom;
 use super::spawn::{Pipes, no_input};
 use crate::logging::log;
 use crate::state::lock;
-use crate::unsafe_calls::yield_to_programs;
+use crate::unsafe_calls::{Share, schedule, yield_to_programs};
 
 /// So long a program's first sign of life is waited for before it is listed; most give one sooner.
 const SOON: Timespec = Timespec {
@@ -54,7 +54,7 @@ const STACK: usize = 64 * 1024;
 pub(super) type Started = (Pid, OwnedFd, OwnedFd, OwnedFd);
 
 /// The spare child, for whoever takes it first.
-pub(super) struct Spare {
+struct Spare {
     child: Arc<Child>,
     pipes: Pipes,
 }
@@ -81,7 +81,6 @@ const OBEYING: u32 = 3;
 /// … or does not any more.
 const LOST: u32 = 4;
 
-#[derive(Default)]
 struct Keeping {
     wanted: bool,
     spare: Option<Spare>,
@@ -93,9 +92,13 @@ static KEEPING: Mutex<Keeping> = Mutex::new(Keeping {
 });
 static WANTED: Condvar = Condvar::new();
 
-/// The spare child, if there is one, or soon will be.
-pub(super) fn take() -> Option<Spare> {
-    lock(&KEEPING).spare.take()
+/// Makes the spare child this program, if there is one, or soon will be; `None` if there is none that obeys.
+///
+/// # Errors
+/// As of [`Image::start`].
+pub(super) fn start(image: &Image) -> io::Result<Option<Started>> {
+    let spare = lock(&KEEPING).spare.take();
+    spare.map_or(Ok(None), |spare| spare.become_program(image))
 }
 
 /// Sees to it that there is one for the next who asks. Returns at once.
@@ -115,7 +118,7 @@ pub(super) fn make() {
 }
 
 fn keep() {
-    work();
+    yield_to_programs();
     loop {
         let mut keeping = WANTED
             .wait_while(lock(&KEEPING), |keeping| !keeping.wanted)
@@ -125,13 +128,6 @@ fn keep() {
         if let Err(error) = keep_one() {
             log!("no child is made ahead: {error}");
         }
-    }
-}
-
-/// Ends [`rest`].
-fn work() {
-    if let Err(error) = yield_to_programs() {
-        log!("scheduling: {error}");
     }
 }
 
@@ -162,7 +158,7 @@ fn keep_one() -> io::Result<()> {
     let (pidfd, here) = (child.pidfd.as_ptr(), Some(&child.here));
     // SAFETY: `live` is made for a life, which is on this stack until the call returns; the descriptor goes to an integer.
     let made = unsafe { child::clone(live, ptr::from_ref(&life).cast(), pidfd, here) };
-    work();
+    yield_to_programs();
     child.pass(MAKING, LOST);
     lock(&KEEPING)
         .spare
@@ -178,11 +174,7 @@ fn keep_one() -> io::Result<()> {
 }
 
 impl Spare {
-    /// Makes it this program. `None` when it ended before.
-    ///
-    /// # Errors
-    /// As of [`Image::start`].
-    pub(super) fn become_program(self, image: &Image) -> io::Result<Option<Started>> {
+    fn become_program(self, image: &Image) -> io::Result<Option<Started>> {
         match self.child.wait_past(MAKING, Some(&STOPPED)) {
             WAITING => {}
             MAKING => {
@@ -287,7 +279,7 @@ impl Life<'_> {
         self.birth.settle().ok()?;
         // When this has become a program, its keeper has to be woken, but not at that program's cost.
         if let Some(keeper) = self.keeper {
-            rest(keeper);
+            let _ = schedule(Some(keeper), Share::Rest);
         }
         self.child.pass(MAKING, WAITING);
         self.child.wait_past(WAITING, Some(&PATIENCE));
@@ -308,14 +300,6 @@ fn signals_wait() -> bool {
         libc::sigpending(&raw mut waiting);
         (1..=libc::SIGRTMAX()).any(|signal| libc::sigismember(&raw const waiting, signal) == 1)
     }
-}
-
-/// Lets a thread have only what nobody else wants of a processor, until it says otherwise itself.
-fn rest(thread: Pid) {
-    let parameters = libc::sched_param { sched_priority: 0 };
-    let thread = thread.as_raw_nonzero().get();
-    // SAFETY: a plain system call on parameters that live here.
-    unsafe { libc::sched_setscheduler(thread, libc::SCHED_IDLE, &raw const parameters) };
 }
 
 /// What the child does.

@@ -150,11 +150,9 @@ impl Pipes {
 /// Starts a process without input that nobody looks after yet.
 pub(super) fn start_collected(table: &Arc<ProcessTable>, plan: Plan) -> io::Result<Collected> {
     let image = image(&plan)?;
-    let (pid, pidfd, stdout, stderr) = match spare::take().map(|spare| spare.become_program(&image)) {
-        Some(Ok(Some(started))) => started,
-        Some(Err(error)) => return Err(error),
-        // None, or one that somebody ended: the usual way.
-        Some(Ok(None)) | None => {
+    let (pid, pidfd, stdout, stderr) = match spare::start(&image)? {
+        Some(started) => started,
+        None => {
             let Pipes { stdout, stderr } = Pipes::new()?;
             let (pid, pidfd) = image.start([no_input()?.as_fd(), stdout.1.as_fd(), stderr.1.as_fd()])?;
             (pid, pidfd, stdout.0, stderr.0)

@@ -41,6 +41,13 @@ async fn spare(agent: &Agent) -> u32 {
     .await
 }
 
+async fn reaped(agent: &Agent, child: u32) {
+    until("it was reaped", async || {
+        (!children(agent.pid()).contains(&child)).then_some(())
+    })
+    .await;
+}
+
 #[tokio::test(flavor = "multi_thread")]
 async fn it_becomes_the_next_program_as_if_it_were_made_for_that() {
     let agent = Agent::start().await;
@@ -98,10 +105,7 @@ async fn what_cannot_be_started_leaves_neither_it_nor_its_remains() {
     let (code, message) = runs.run(&request).refused.expect("no such program");
     assert_eq!(code, "invalid_argument");
     assert!(message.contains("no-such-program"), "{message}");
-    until("it was reaped", async || {
-        (!children(agent.pid()).contains(&child)).then_some(())
-    })
-    .await;
+    reaped(&agent, child).await;
     assert_ne!(spare(&agent).await, child);
     assert_eq!(runs.run(&shell("exit 4")).exit_code, Some(4));
 }
@@ -118,10 +122,7 @@ async fn one_that_somebody_killed_or_stopped_is_not_missed() {
         let _ = kill_process(pid, signal);
         // At once, and once it was reaped.
         assert_eq!(runs.run(&shell("exit 5")).exit_code, Some(5));
-        until("it was reaped", async || {
-            (!children(agent.pid()).contains(&child)).then_some(())
-        })
-        .await;
+        reaped(&agent, child).await;
         assert_eq!(runs.run(&shell("exit 6")).exit_code, Some(6));
     }
 }
