@@ -150,7 +150,8 @@ fn keep_one() -> io::Result<()> {
         // Nobody else is let work again.
         keeper: rustix::process::geteuid().is_root().then(rustix::thread::gettid),
         birth: Birth {
-            // SAFETY: they are open as long as the child is in the making: whoever takes it waits for the end of that.
+            // SAFETY: they are open until the child has copies of them: whoever takes it keeps them until it has a pidfd, which
+            // it gets after those.
             stdio: theirs.map(|fd| unsafe { BorrowedFd::borrow_raw(fd) }),
             lent: oom::lend(),
         },
@@ -178,8 +179,11 @@ impl Spare {
         match self.child.wait_past(MAKING, Some(&STOPPED)) {
             WAITING => {}
             MAKING => {
-                // Its pipes are still to be put in place.
-                lock(&KEEPING).spare = Some(self);
+                match self.child.pidfd() {
+                    Some(pidfd) => end(&pidfd),
+                    // It is still to get copies of its pipes.
+                    None => lock(&KEEPING).spare = Some(self),
+                }
                 return Ok(None);
             }
             _ => return Ok(None),
@@ -257,12 +261,17 @@ impl Child {
             // The kernel's wake is for waiters of any process. Woken or interrupted, it is looked at again.
             let waited = futex::wait(&self.here, futex::Flags::empty(), number, Some(&STOPPED));
             if waited == Err(Errno::TIMEDOUT) && self.claim(CALLED, LOST) {
-                let _ = pidfd_send_signal(pidfd, Signal::KILL);
+                end(pidfd);
                 return false;
             }
         }
         self.state.load(Ordering::Acquire) == OBEYING
     }
+}
+
+/// Ends a child that somebody has stopped; its keeper reaps it.
+fn end(pidfd: &OwnedFd) {
+    let _ = pidfd_send_signal(pidfd, Signal::KILL);
 }
 
 /// All that the child reads.
